@@ -1,0 +1,45 @@
+"""What every test shares: no network, a fixed seed, and memory that shows when it is read too early."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import random
+from collections.abc import Iterator
+
+import pytest
+
+SEED = 20240229
+
+# Read once, on the first import of huggingface_hub; a test must never wait for a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_report_header() -> str:
+    packages = ("torch", "transformers", "numpy", "pandas", "plotly")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """The same random numbers in every test, in whatever order the tests run."""
+    import numpy as np
+    import torch
+
+    random.seed(SEED)
+    np.random.seed(SEED)  # noqa: NPY002 (libraries that draw from the global generator)
+    torch.manual_seed(SEED)
+    return SEED
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """`torch.empty` and its kin are filled with NaN (integers: the largest value), so that a kernel which
+    reads memory before it writes it fails every time and not only now and then."""
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)

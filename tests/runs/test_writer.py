@@ -1,0 +1,463 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from workbench.errors import RequestError, RunCorrupt, RunError, RunLocked, RunTooNew
+from workbench.runs import Run, RunWriter, writer
+from workbench.runs.lock import Lock
+
+FRAME = pd.DataFrame({"layer": [0, 1], "value": [0.5, np.nan], "text": ["é\n<b>", None]})
+
+
+def begin(path, fingerprint=None, **options):
+    return RunWriter.open(path, kind="heads", title="T", fingerprint=fingerprint or {"seed": 0}, **options)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(child.name for child in folder.iterdir())
+
+
+def interrupted(path: Path, fingerprint=None) -> None:
+    with suppress(KeyboardInterrupt), begin(path, fingerprint) as out:
+        out.table("scores/a", FRAME)
+        out.manifest["settings"] = {"seed": 0}
+        out.done("a")
+        out.table("scores/b", FRAME)
+        raise KeyboardInterrupt
+
+
+def test_manifest_holds_the_provenance(tmp_path):
+    before = datetime.now(UTC) - timedelta(seconds=1)
+    with begin(tmp_path / "deep" / "run", command="workbench heads toy") as out:
+        out.table("scores", FRAME)
+        out.done("sink", seconds=1.23456)
+        out.manifest["model"] = {"name": "toy", "layers": np.int64(3)}
+        run = out.finish()
+    manifest = json.loads((run.path / "manifest.json").read_text())
+    assert manifest == run.manifest
+    assert re.fullmatch(r"\d{8}-heads-[0-9a-f]{6}", run.id)
+    created, finished = (datetime.fromisoformat(manifest[key]) for key in ("created", "finished"))
+    assert before <= created <= finished <= datetime.now(UTC)
+    assert created.utcoffset() == timedelta(0)
+    assert manifest["format"] == 1
+    assert manifest["command"] == "workbench heads toy"
+    assert manifest["model"] == {"name": "toy", "layers": 3}
+    assert manifest["settings"] == {}
+    assert manifest["prompts"] == []
+    assert manifest["seconds"] == {"sink": 1.235}
+    assert manifest["fingerprint"] == {"seed": 0}
+    assert manifest["environment"]["pandas"] == pd.__version__
+    assert manifest["earlier_environments"] == []
+    assert manifest["tables"]["scores"]["rows"] == 2
+    assert manifest["tables"]["scores"]["file"] == "tables/scores.parquet"
+    assert (run.kind, run.title, run.tables, run.arrays) == ("heads", "T", ("scores",), ())
+
+
+def test_parts_are_joined_in_the_order_of_writing(tmp_path):
+    with begin(tmp_path / "run") as out:
+        out.table("scores/z", FRAME.assign(layer=1))
+        out.table("other", FRAME)
+        out.done("z")
+        out.table("scores/a", FRAME.assign(layer=[2.5, 3.5]))
+        run = out.finish()
+    assert run.tables == ("scores", "other")
+    assert list(run.table("scores")["layer"]) == [1, 1, 2.5, 3.5]
+
+
+def test_an_exception_keeps_finished_steps_only(tmp_path):
+    path = tmp_path / "run"
+    interrupted(path)
+    assert names(tmp_path) == [".run.partial"]
+    with begin(path) as out:
+        assert out.resumed
+        assert (out.has("a"), out.has("b")) == (True, False)
+        assert out.manifest["settings"] == {"seed": 0}
+        run = out.finish()
+    assert run.manifest["tables"]["scores"]["rows"] == 2
+    assert names(tmp_path) == ["run"]
+
+
+def test_without_a_finished_step_nothing_is_left(tmp_path):
+    with suppress(ZeroDivisionError), begin(tmp_path / "run") as out:
+        out.table("scores", FRAME)
+        raise ZeroDivisionError
+    assert names(tmp_path) == []
+    with begin(tmp_path / "run", {"seed": 5}) as out:
+        assert not out.resumed
+
+
+def test_leaving_without_finish_keeps_the_steps(tmp_path):
+    with begin(tmp_path / "run") as out:
+        out.done("a")
+    with begin(tmp_path / "run") as out:
+        assert out.has("a")
+
+
+def test_resumption_needs_an_equal_fingerprint(tmp_path):
+    path = tmp_path / "run"
+    interrupted(path, {"settings": {"seed": 0, "k": 3}, "model": "ab", "gone": [1]})
+    now = {"settings": {"seed": 1, "k": 3}, "model": "ab", "new": {"x": None}}
+    with pytest.raises(RunError) as refusal:
+        begin(path, now)
+    for part in (
+        "settings.seed (was 0, now 1)",
+        "gone (was [1], now absent)",
+        "new.x (was absent, now null)",
+        "--overwrite",
+        "another path",
+        str(path.parent),
+    ):
+        assert part in str(refusal.value)
+    assert "settings.k" not in str(refusal.value)
+    assert "model" not in str(refusal.value)
+    with (
+        pytest.raises(RunError, match=r'kind \(was "heads", now "verify"\)'),
+        RunWriter.open(path, kind="verify", title="T", fingerprint=now),
+    ):
+        pass
+    with begin(path, now, overwrite=True) as out:
+        assert not out.resumed
+        assert not out.has("a")
+
+
+def test_tuples_and_numpy_numbers_in_a_fingerprint_are_equal_after_resumption(tmp_path):
+    given = {"heads": ((1, 2),), "eps": np.float32(0.5), "n": np.int64(3), "path": Path("x"), "nan": np.nan}
+    interrupted(tmp_path / "run", given)
+    with begin(tmp_path / "run", given, overwrite=True) as out:
+        assert out.resumed
+
+
+def test_a_finished_run_is_replaced_only_on_request_and_only_at_the_end(tmp_path):
+    path = tmp_path / "run"
+    with begin(path) as out:
+        out.table("scores", FRAME)
+        old = out.finish()
+    with pytest.raises(RunError, match=r"already holds a run.*--overwrite"):
+        begin(path)
+    with suppress(ZeroDivisionError), begin(path, overwrite=True) as out:
+        out.done("a")
+        raise ZeroDivisionError
+    assert Run.open(path).id == old.id
+    with begin(path, overwrite=True) as out:
+        assert out.resumed
+        out.table("other", FRAME)
+        new = out.finish()
+    assert Run.open(path).id == new.id != old.id
+    assert Run.open(path).tables == ("other",)
+    assert names(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path, overwrite):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text("{}")
+    with pytest.raises(RunError, match="not a run, so it is left alone"):
+        begin(tmp_path / "run", overwrite=overwrite)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunError, match="not a run, so it is left alone"):
+        begin(tmp_path / "file", overwrite=overwrite)
+    assert names(tmp_path) == ["file", "run"]
+
+
+def test_an_empty_folder_is_used(tmp_path):
+    (tmp_path / "run").mkdir()
+    with begin(tmp_path / "run") as out:
+        out.finish()
+    assert Run.open(tmp_path / "run").tables == ()
+
+
+def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path):
+    with begin(tmp_path / "run") as out:
+        out.done("a")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "mine").write_text("x")
+        with pytest.raises(RunError, match="left alone"):
+            out.finish()
+    assert names(tmp_path) == [".run.partial", "run"]
+    assert names(tmp_path / "run") == ["mine"]
+
+
+def test_a_damaged_run_can_be_replaced(tmp_path):
+    with begin(tmp_path / "run") as out:
+        out.finish()
+    (tmp_path / "run" / "manifest.json").write_text("{")
+    with begin(tmp_path / "run", overwrite=True) as out:
+        out.finish()
+    Run.open(tmp_path / "run")
+
+
+def test_a_kill_between_the_two_renames_gives_the_old_run_back(tmp_path):
+    path = tmp_path / "run"
+    with begin(path) as out:
+        old = out.finish()
+    path.rename(tmp_path / ".run.old")
+    with pytest.raises(RunError, match="already holds a run"):
+        begin(path)
+    assert Run.open(path).id == old.id
+
+
+def test_a_rename_that_fails_gives_the_old_run_back(tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    with begin(path) as out:
+        old = out.finish()
+    rename = Path.rename
+
+    def refuse(self, target):
+        if self.name == "final":
+            raise PermissionError(1, "no")
+        return rename(self, target)
+
+    with begin(path, overwrite=True) as out:
+        out.done("a")
+        monkeypatch.setattr(Path, "rename", refuse)
+        with pytest.raises(RunError, match="cannot write the run"):
+            out.finish()
+        monkeypatch.undo()
+    assert Run.open(path).id == old.id
+
+
+def test_a_mistaken_second_write_is_refused(tmp_path):
+    with begin(tmp_path / "run") as out:
+        out.table("scores/a", FRAME)
+        with pytest.raises(RequestError, match=r"scores/a .* written twice"):
+            out.table("scores/a", FRAME)
+        out.done("a")
+        with pytest.raises(RequestError, match="written twice"):
+            out.table("scores/a", FRAME)
+        with pytest.raises(RequestError, match=r"'a' .* done twice"):
+            out.done("a")
+
+
+def test_a_part_from_before_the_interruption_is_replaced_in_its_place(tmp_path):
+    interrupted(tmp_path / "run")
+    with begin(tmp_path / "run") as out:
+        out.table("scores/b", FRAME.assign(layer=2))
+        out.table("scores/a", FRAME.assign(layer=1))
+        out.done("a")
+    with begin(tmp_path / "run") as out:
+        run = out.finish()
+    assert list(run.table("scores")["layer"]) == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("name", ["", "Scores", "../scores", "a b", "a.b", "1a", "é", "x" * 65])
+def test_names_that_are_no_file_names_are_refused(tmp_path, name):
+    with begin(tmp_path / "run") as out, pytest.raises(RequestError, match="cannot name a table"):
+        out.table(name, FRAME)
+    with pytest.raises(RequestError, match="cannot name a kind"):
+        RunWriter.open(tmp_path / "run", kind=name, title="", fingerprint={})
+
+
+def test_what_json_cannot_hold_is_refused_by_name(tmp_path):
+    @dataclass(frozen=True)
+    class Certificate:
+        passed: bool
+        checks: tuple[float, ...]
+
+    with begin(tmp_path / "run") as out:
+        out.manifest["model"] = {"tensors": [np.zeros(2)]}
+        with pytest.raises(RequestError, match=r"manifest\.model\.tensors\[0\] is a ndarray"):
+            out.done("a")
+        out.manifest["model"] = {1: "x"}
+        with pytest.raises(RequestError, match="the key 1"):
+            out.finish()
+        out.manifest["model"] = {"name": "caf\udce9 é", "peak": float("inf")}
+        out.manifest["certificate"] = Certificate(True, (1e-6, float("nan")))
+        out.manifest["tables"] = {}
+        with pytest.raises(RequestError, match="tables are filled in by the writer"):
+            out.finish()
+        del out.manifest["tables"]
+        run = out.finish()
+    assert run.manifest["model"] == {"name": "caf\\udce9 é", "peak": None}
+    assert run.manifest["certificate"] == {"passed": True, "checks": [1e-6, None]}
+    with pytest.raises(RequestError, match=r"fingerprint\.x is a set"):
+        begin(tmp_path / "other", {"x": {1}})
+
+
+def test_a_closed_writer_writes_nothing(tmp_path):
+    with begin(tmp_path / "run") as out:
+        out.finish()
+        for act in (out.finish, lambda: out.done("a"), lambda: out.table("scores", FRAME)):
+            with pytest.raises(RunError, match="is closed"):
+                act()
+
+
+def test_a_second_writer_in_the_same_process_is_refused(tmp_path):
+    with (
+        begin(tmp_path / "run"),
+        pytest.raises(RunLocked, match=f"process {os.getpid()} on .*{tmp_path}/run"),
+    ):
+        begin(tmp_path / "run")
+    with begin(tmp_path / "run"):
+        pass
+
+
+def test_the_lock_is_released_when_opening_fails(tmp_path):
+    interrupted(tmp_path / "run")
+    for _ in range(2):
+        with pytest.raises(RunError, match="other settings"):
+            begin(tmp_path / "run", {"seed": 9})
+
+
+def test_only_one_of_many_holds_the_lock(tmp_path):
+    inside, most, taken = 0, 0, 0
+    guard = threading.Lock()
+
+    def work():
+        nonlocal inside, most, taken
+        for _ in range(200):
+            try:
+                lock = Lock(tmp_path / ".run.lock", tmp_path / "run")
+            except RunLocked:
+                continue
+            with guard:
+                inside += 1
+                most = max(most, inside)
+                taken += 1
+            with guard:
+                inside -= 1
+            lock.release()
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+    assert taken > 1
+    assert names(tmp_path) == []
+
+
+def test_a_damaged_part_of_an_interrupted_run_is_named(tmp_path):
+    path = tmp_path / "run"
+    interrupted(path)
+    part = next((tmp_path / ".run.partial" / "parts").glob("00000-*"))
+    part.write_bytes(part.read_bytes()[:-1])
+    with pytest.raises(RunCorrupt, match=part.name):
+        begin(path)
+
+
+def test_a_line_cut_short_is_ignored_and_one_in_the_middle_is_not(tmp_path):
+    path, state = tmp_path / "run", tmp_path / ".run.partial" / "state.jsonl"
+    interrupted(path)
+    with state.open("ab") as stream:
+        stream.write(b'{"step": "b", "sec')
+    with begin(path) as out:
+        assert (out.has("a"), out.has("b")) == (True, False)
+        out.done("c")
+    with begin(path) as out:
+        assert out.has("c")
+    with state.open("ab") as stream:
+        stream.write(b'{"step": "b", "sec\n')
+    with pytest.raises(RunCorrupt, match=r"state\.jsonl has a line that is no JSON object; delete"):
+        begin(path)
+    with begin(path, overwrite=True) as out:
+        assert not out.resumed
+
+
+def test_an_interrupted_run_of_a_later_format(tmp_path):
+    path, state = tmp_path / "run", tmp_path / ".run.partial" / "state.jsonl"
+    interrupted(path)
+    state.write_text(state.read_text().replace('"format": 1', '"format": 2', 1))
+    with pytest.raises(RunTooNew, match="format 2"):
+        begin(path)
+
+
+def test_a_kill_before_the_first_line_is_no_obstacle(tmp_path):
+    partial = tmp_path / ".run.partial"
+    partial.mkdir()
+    (partial / "state.jsonl.tmp").write_text("{")
+    with begin(tmp_path / "run") as out:
+        assert not out.resumed
+        out.finish()
+
+
+def test_a_hidden_folder_of_someone_else_is_named(tmp_path):
+    partial = tmp_path / ".run.partial"
+    partial.mkdir()
+    (partial / "mine").write_text("x")
+    with pytest.raises(RunCorrupt, match=f"delete the unfinished run {re.escape(str(partial))}"):
+        begin(tmp_path / "run")
+    assert names(partial) == ["mine"]
+
+
+def test_other_versions_before_an_interruption_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "environment", lambda: {"torch": "1"})
+    interrupted(tmp_path / "run")
+    monkeypatch.setattr(writer, "environment", lambda: {"torch": "2"})
+    with begin(tmp_path / "run") as out:
+        run = out.finish()
+    assert run.manifest["environment"] == {"torch": "2"}
+    assert run.manifest["earlier_environments"] == [{"torch": "1"}]
+
+
+def test_a_full_disk_gives_a_run_error_and_keeps_the_steps(tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    with begin(tmp_path / "run") as out:
+        out.done("a")
+        monkeypatch.setattr(os, "fsync", full)
+        out.table("scores", FRAME)
+        with pytest.raises(RunError, match="No space left on device; make room"):
+            out.done("b")
+        monkeypatch.undo()
+        out.done("c")
+        assert not out.has("b")
+    with begin(tmp_path / "run") as out:
+        assert (out.has("a"), out.has("b"), out.has("c")) == (True, False, True)
+        assert out.finish().table("scores").shape == FRAME.shape
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"cannot write the run .*file/run"):
+        begin(tmp_path / "file" / "run")
+
+
+def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch, job):
+    synced: set[int] = set()
+    at_rename: list[set[int]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def note_sync(descriptor):
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def note_rename(self, target):
+        if self.name == "final":
+            at_rename.append(set(synced))
+            synced.clear()
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    run = job.write(tmp_path / "run")
+    needed = {path.stat().st_ino for path in [run.path, *run.path.rglob("*")]}
+    assert len(needed) > 10
+    assert needed <= at_rename[0]
+    assert tmp_path.stat().st_ino in synced
+
+
+def test_a_step_is_noted_after_its_files_are_on_the_disk(tmp_path, monkeypatch, job):
+    order: list[int] = []
+    fsync = os.fsync
+    with begin(tmp_path / "run") as out:
+        out.array("patterns", job.patterns(0))
+        monkeypatch.setattr(os, "fsync", lambda fd: (fsync(fd), order.append(os.fstat(fd).st_ino)))
+        out.done("a")
+        partial = tmp_path / ".run.partial"
+        parts = {path.stat().st_ino for path in [partial / "parts", *(partial / "parts").rglob("*")]}
+        assert len(parts) > 5
+        assert parts == set(order[:-1])
+        assert order[-1] == (partial / "state.jsonl").stat().st_ino

@@ -1,0 +1,22 @@
+"""Figures: a table or a labelled array in, a plotly figure out; pure functions, no files, no global state.
+
+Each figure carries its caption (what was measured, on what) in `layout.meta["caption"]`; read it with
+`caption_of`. Every function takes `dark=` for the dark variant of the one theme.
+"""
+
+from __future__ import annotations
+
+from workbench.figures.ablation import ablation_chart as ablation_chart
+from workbench.figures.contrast import domain_scatter as domain_scatter
+from workbench.figures.curves import position_curves as position_curves
+from workbench.figures.maps import head_map as head_map
+from workbench.figures.maps import head_maps as head_maps
+from workbench.figures.pattern import pattern_map as pattern_map
+from workbench.figures.text import caption_of as caption_of
+from workbench.figures.theme import DARK as DARK
+from workbench.figures.theme import LIGHT as LIGHT
+from workbench.figures.theme import Palette as Palette
+from workbench.figures.theme import palette as palette
+from workbench.figures.theme import template as template
+from workbench.figures.verdict import Verdict as Verdict
+from workbench.figures.verdict import verdict as verdict

@@ -1,0 +1,254 @@
+"""Layer x head maps: one cell a head, coloured by a detector's score.
+
+Layer 0 is the top row, so that a map reads downwards as the model computes. The scale starts at 0 and ends at the
+largest score; scores of both signs get a diverging scale around 0. The published threshold, where there is one, is
+a tick of the colour bar, and a ring marks the strongest head. Works for any number of layers and heads, also where
+layers have different numbers of heads (cells that do not exist stay empty).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from workbench.errors import RequestError
+from workbench.figures.text import interval, number, probability, safe, with_caption
+from workbench.figures.theme import Palette, colour_bar, palette, template
+
+_HOVER = (
+    "<b>%{customdata[0]}</b>  %{customdata[1]}<br>95 % interval %{customdata[2]}"
+    "<br>null %{customdata[3]} · q %{customdata[4]} · n %{customdata[5]}<extra></extra>"
+)
+_ROW_PIXELS = 13
+_MOST_LABELS = 12
+
+
+def head_map(
+    scores: pd.DataFrame, detector: str, *, info: Mapping[str, Any] | None = None, dark: bool = False
+) -> go.Figure:
+    """The map of one detector.
+
+    `scores` is a head-score table (of several detectors or only this one); `info` is the detector's row of the
+    detector table: title, unit, threshold and caption.
+    """
+    known = dict(info or {})
+    rows = _rows_of(scores, detector)
+    figure = go.Figure(layout={"template": template(dark)})
+    bounds = _add_map(figure, rows, known, palette(dark), "coloraxis", None)
+    bar = colour_bar(x=1.0, tickvals=bounds["ticks"], ticktext=bounds["labels"])
+    axes = _axes(rows)
+    figure.update_layout(
+        coloraxis={key: bounds[key] for key in ("cmin", "cmax", "colorscale")} | {"colorbar": bar},
+        title={"text": _title(detector, known), "y": 1.0, "yref": "container", "yanchor": "top", "pad": {"t": 6}},
+        height=_height(rows),
+        margin={"l": 40, "r": 64, "t": 36, "b": 40},
+        xaxis=axes["x"],
+        yaxis=axes["y"],
+        showlegend=False,
+    )
+    return with_caption(figure, map_caption(rows, detector, known))
+
+
+def head_maps(
+    scores: pd.DataFrame,
+    detectors: pd.DataFrame | Sequence[str] | None = None,
+    *,
+    columns: int = 3,
+    dark: bool = False,
+) -> go.Figure:
+    """Maps of several detectors as small multiples, each with a scale of its own.
+
+    `detectors` is the detector table or a list of names; without it, all detectors in the order of the scores.
+    """
+    known = _catalogue(scores, detectors)
+    if not known:
+        raise RequestError("No detector to draw: the score table is empty. Run `workbench heads` first.")
+    columns = min(columns, len(known))
+    lines = math.ceil(len(known) / columns)
+    gap_x, height = 0.11, _height(scores)
+    gap_y = min(84 / (height * lines), 1 / max(lines - 1, 1))
+    figure = make_subplots(
+        rows=lines,
+        cols=columns,
+        subplot_titles=[_title(name, row) for name, row in known.items()],
+        horizontal_spacing=gap_x,
+        vertical_spacing=gap_y,
+    )
+    for number_, (name, row) in enumerate(known.items()):
+        rows = _rows_of(scores, name)
+        cell = (number_ // columns + 1, number_ % columns + 1)
+        axis = f"coloraxis{number_ + 1 if number_ else ''}"
+        bounds = _add_map(figure, rows, row, palette(dark), axis, cell)
+        axes = _axes(rows)
+        figure.update_xaxes(axes["x"], row=cell[0], col=cell[1])
+        figure.update_yaxes(axes["y"], row=cell[0], col=cell[1])
+        place = _bar_place(figure, number_)
+        bar = colour_bar(tickvals=bounds["ticks"], ticktext=bounds["labels"], **place)
+        figure.update_layout(
+            {axis: {key: bounds[key] for key in ("cmin", "cmax", "colorscale")} | {"colorbar": bar}}
+        )
+    figure.update_annotations(font={"size": 13}, yshift=4)
+    figure.update_layout(
+        template=template(dark), height=height * lines, margin={"l": 44, "r": 70, "t": 44}, showlegend=False
+    )
+    captions = [map_caption(_rows_of(scores, name), name, row) for name, row in known.items()]
+    return with_caption(figure, " ".join(captions))
+
+
+def map_caption(rows: pd.DataFrame, detector: str, info: Mapping[str, Any]) -> str:
+    """What a map shows: the detector's own caption, else its name, and how many prompts stand behind a cell."""
+    said = str(info.get("caption") or f"Score of the detector {detector!r} for each head.")
+    sizes = sorted({int(n) for n in rows["n"].dropna()}) if "n" in rows else []
+    counted = f" n = {sizes[0]} prompts." if len(sizes) == 1 else ""
+    return f"{said.rstrip()}{counted}"
+
+
+def _rows_of(scores: pd.DataFrame, detector: str) -> pd.DataFrame:
+    rows = scores[scores["detector"] == detector] if "detector" in scores else scores
+    if rows.empty:
+        present = sorted(map(str, scores["detector"].unique())) if "detector" in scores else []
+        raise RequestError(f"No scores of detector {detector!r}; the table has {', '.join(present) or 'none'}.")
+    return rows
+
+
+def _catalogue(
+    scores: pd.DataFrame, detectors: pd.DataFrame | Sequence[str] | None
+) -> dict[str, dict[str, Any]]:
+    present = list(dict.fromkeys(scores["detector"]))
+    if isinstance(detectors, pd.DataFrame):
+        rows = {str(row["detector"]): dict(row) for row in detectors.to_dict("records")}
+        return {name: rows[name] for name in rows if name in present}
+    return {str(name): {} for name in (present if detectors is None else detectors)}
+
+
+def _title(detector: str, info: Mapping[str, Any]) -> str:
+    unit = str(info.get("unit") or "")
+    tail = f" <span style='font-size:11px'>({safe(unit)})</span>" if unit else ""
+    return f"<b>{safe(info.get('title') or detector)}</b>{tail}"
+
+
+def _height(rows: pd.DataFrame) -> int:
+    layers = int(rows["layer"].max()) + 1
+    return int(np.clip(layers * _ROW_PIXELS, 96, 900)) + 84
+
+
+def _grid(rows: pd.DataFrame) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Values `[layer, head]` and hover texts `[layer, head, 6]`."""
+    shape = (int(rows["layer"].max()) + 1, int(rows["head"].max()) + 1)
+    values = np.full(shape, np.nan)
+    hover = np.full((*shape, 6), "", dtype=object)
+    for row in rows.to_dict("records"):
+        at = (int(row["layer"]), int(row["head"]))
+        values[at] = row["value"]
+        hover[at] = [
+            f"L{at[0]}H{at[1]}",
+            number(row["value"], 3),
+            interval(row.get("low"), row.get("high"), 3) or "–",
+            number(row.get("null"), 3),
+            probability(row.get("q")),
+            number(row.get("n"), 0),
+        ]
+    return values, hover
+
+
+def _add_map(
+    figure: go.Figure,
+    rows: pd.DataFrame,
+    info: Mapping[str, Any],
+    colours: Palette,
+    axis: str,
+    cell: tuple[int, int] | None,
+) -> dict[str, Any]:
+    """Adds the cells and the ring of the strongest head; returns the scale's bounds, colours and ticks."""
+    values, hover = _grid(rows)
+    place = {} if cell is None else {"row": cell[0], "col": cell[1]}
+    gap = 1 if max(values.shape) <= 48 else 0
+    figure.add_trace(
+        go.Heatmap(
+            z=values, customdata=hover, hovertemplate=_HOVER, coloraxis=axis, xgap=gap, ygap=gap, name="heads"
+        ),
+        **place,
+    )
+    if np.isfinite(values).any():
+        layer, head = np.unravel_index(int(np.nanargmax(values)), values.shape)
+        figure.add_trace(
+            go.Scatter(
+                x=[int(head)],
+                y=[int(layer)],
+                mode="markers",
+                marker={
+                    "symbol": "circle-open",
+                    "size": 10,
+                    "color": colours.effect,
+                    "line": {"width": 1.8, "color": colours.effect},
+                },
+                hoverinfo="skip",
+                name="strongest",
+            ),
+            **place,
+        )
+    return _bounds(values, info.get("threshold"), colours)
+
+
+def _bounds(values: np.ndarray[Any, Any], threshold: object, colours: Palette) -> dict[str, Any]:
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    both_signs = low < -0.05 * max(high, 1e-9)
+    if both_signs:
+        reach = max(-low, high)
+        cmin, cmax, scale = -reach, reach, colours.diverging_scale()
+    else:
+        cmin, cmax, scale = 0.0, (high if high > 0 else 1.0), colours.scale()
+    ticks = _ticks(cmin, cmax)
+    labels = [number(tick, 2) for tick in ticks]
+    cut = float(threshold) if isinstance(threshold, (int, float)) else math.nan
+    if math.isfinite(cut) and cmin <= cut <= cmax:
+        apart = [(t, text) for t, text in zip(ticks, labels, strict=True) if abs(t - cut) > 0.06 * (cmax - cmin)]
+        ticks, labels = [t for t, _ in apart] + [cut], [text for _, text in apart] + [f"<b>◂ {number(cut)}</b>"]
+    elif math.isfinite(cut) and cut > cmax:
+        # no head reaches it: say so at the end of the scale
+        labels[-1] = f"{labels[-1]}<br><b>&lt; {number(cut)}</b>"
+    return {"cmin": cmin, "cmax": cmax, "colorscale": scale, "ticks": ticks, "labels": labels}
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Five round numbers or fewer from low to high, the ends included."""
+    step = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(step))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= step)
+    inside = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    ends = [low, high] if low < 0 else [high]
+    kept = [t for t in inside if high - t > 0.4 * step and (low >= 0 or t - low > 0.4 * step)]
+    return sorted([float(np.round(t, 12)) for t in kept] + ends)
+
+
+def _axes(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    layers, heads = int(rows["layer"].max()) + 1, int(rows["head"].max()) + 1
+
+    def axis(name: str, count: int) -> dict[str, Any]:
+        step = next(s for s in (1, 2, 4, 5, 10, 20, 50) if count <= s * _MOST_LABELS)
+        return {
+            "title": {"text": name},
+            "tickvals": list(range(0, count, step)),
+            "showgrid": False,
+            "zeroline": False,
+            "fixedrange": True,
+        }
+
+    return {
+        "x": axis("head", heads) | {"range": [-0.5, heads - 0.5]},
+        "y": axis("layer", layers) | {"range": [layers - 0.5, -0.5]},
+    }
+
+
+def _bar_place(figure: go.Figure, index: int) -> dict[str, Any]:
+    """Puts a subplot's colour bar at its right edge, with its height."""
+    suffix = str(index + 1) if index else ""
+    x, y = figure.layout[f"xaxis{suffix}"].domain, figure.layout[f"yaxis{suffix}"].domain
+    return {"x": x[1], "y": (y[0] + y[1]) / 2, "len": y[1] - y[0], "yanchor": "middle", "xpad": 3}

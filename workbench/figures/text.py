@@ -1,0 +1,113 @@
+"""Texts in figures: numbers written briefly, tokens made visible and harmless, captions carried as data.
+
+Plotly reads a small HTML in every text, links included, and token texts come from prompts. So every text that
+was not written here goes through `safe` before it enters a figure.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from numbers import Real
+from typing import Any
+
+_VISIBLE = {"\n": "↵", "\t": "⇥", "\r": "␍"}
+
+
+def safe(text: object) -> str:
+    """The text with HTML taken out of action and its control characters visible, for any plotly label."""
+    return html.escape(visible(str(text)), quote=False)
+
+
+def visible(text: str) -> str:
+    """A token's text with line ends, tabs and a lone or leading space shown as signs."""
+    shown = "".join(_VISIBLE.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in text)
+    if shown.startswith(" "):
+        shown = "␣" + shown[1:]
+    return shown or "∅"
+
+
+def decimals(*values: float, digits: int = 2) -> int:
+    """How many decimals show the largest of the values with at least two figures."""
+    size = max((abs(v) for v in values if math.isfinite(v)), default=0.0)
+    if size >= 100:
+        return max(digits - 1, 0) if size < 1000 else 0
+    if size == 0 or size >= 10.0 ** (1 - digits):
+        return digits
+    return digits + 1 if size >= 10.0**-digits else digits + 2
+
+
+def number(value: object, digits: int = 2, places: int | None = None) -> str:
+    """A number as text: `0.93`, `12,400`, `1.2e−05`, `–` for a missing one; `places` fixes its decimals."""
+    if not isinstance(value, Real) or math.isnan(value):
+        return "–"
+    plain = float(value)
+    size = abs(plain)
+    if math.isinf(plain):
+        text = "∞" if plain > 0 else "-∞"
+    elif places is not None:
+        text = f"{plain:,.{places}f}"
+        text = text.lstrip("-") if float(text.replace(",", "")) == 0 else text
+    elif plain == 0:
+        text = "0"
+    elif size >= 1e7 or size < 1e-4:
+        text = f"{plain:.1e}"
+    else:
+        text = f"{plain:,.{decimals(plain, digits=digits)}f}"
+    return text.replace("-", "−")
+
+
+def signed(value: object, digits: int = 2) -> str:
+    """A difference as text, always with its sign."""
+    text = number(value, digits)
+    positive = isinstance(value, Real) and value > 0
+    return f"+{text}" if positive else text
+
+
+def interval(low: object, high: object, digits: int = 2, places: int | None = None) -> str:
+    """`0.91 to 0.95`, both with the same decimals; an empty string where a bound is missing."""
+    if not isinstance(low, Real) or not isinstance(high, Real) or math.isnan(low) or math.isnan(high):
+        return ""
+    if places is None:
+        places = decimals(float(low), float(high), digits=digits)
+    return f"{number(low, places=places)} to {number(high, places=places)}"
+
+
+def probability(value: object) -> str:
+    """A p or q value: `0.03`, `0.002`, `< 0.001`."""
+    if not isinstance(value, Real) or math.isnan(value):
+        return "–"
+    if value < 0.001:
+        return "< 0.001"
+    return f"{value:.3f}" if value < 0.01 else f"{value:.2f}"
+
+
+_STATISTICS = {
+    "first": "first {} tokens",
+    "recent": "last {} tokens",
+    "offset": "token at offset {}",
+    "column_last": "column sum, last {} queries",
+}
+_PLAIN = {"first_1": "first token", "max_prob": "largest weight", "lse": "log-sum-exp", "offset_-1": "previous token"}
+
+
+def statistic_label(name: str) -> str:
+    """A statistic's name for readers: `first_4` as `first 4 tokens`; unknown names without their underscores."""
+    if name in _PLAIN:
+        return _PLAIN[name]
+    stem, _, tail = name.rpartition("_")
+    if stem in _STATISTICS and tail.lstrip("-").isdigit():
+        return _STATISTICS[stem].format(tail.replace("-", "−"))
+    return name.replace("_", " ")
+
+
+def with_caption(figure: Any, caption: str) -> Any:
+    """The same figure, its caption (plain text: what was measured, on what) kept in `layout.meta`."""
+    figure.update_layout(meta={"caption": caption})
+    return figure
+
+
+def caption_of(figure: Any) -> str:
+    """The caption that a figure carries; empty where it has none."""
+    meta = figure.layout.meta
+    return str(meta.get("caption", "")) if isinstance(meta, dict) else ""

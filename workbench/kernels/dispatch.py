@@ -1,0 +1,149 @@
+"""The one entry to attention statistics, and to attention itself.
+
+Two implementations stand behind `attention_statistics`: `reference` (float64, the full matrix, the oracle) and
+`blocks` (one streaming pass in torch, any device). `attention_output` is attention without statistics: stock
+`scaled_dot_product_attention` wherever that computes the model's attention, `blocks` where it cannot (a window
+shorter than the prompt, soft-capped logits, learned sinks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from workbench.errors import RequestError
+from workbench.kernels.blocks import blocked_statistics
+from workbench.kernels.geometry import Geometry
+from workbench.kernels.identities import identities_reach, sdpa_statistics
+from workbench.kernels.reference import attention_pattern, reference_statistics
+from workbench.kernels.request import MAX_FEATURES, AttentionStatistics, StatisticsRequest
+
+Implementation = Literal["auto", "reference", "identities", "blocks"]
+IMPLEMENTATIONS: dict[str, Callable[..., AttentionStatistics]] = {
+    "reference": reference_statistics,
+    "identities": sdpa_statistics,
+    "blocks": blocked_statistics,
+}
+
+
+def attention_statistics(
+    q: Float[Tensor, "batch head query dim"],
+    k: Float[Tensor, "batch kv_head key dim"],
+    v: Float[Tensor, "batch kv_head key value_dim"],
+    request: StatisticsRequest,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " head"] | None = None,
+    key_start: Int[Tensor, " batch"] | None = None,
+    key_end: Int[Tensor, " batch"] | None = None,
+    key_features: Float[Tensor, "batch key feature"] | None = None,
+    query_keys: Int[Tensor, "batch query slot"] | None = None,
+    implementation: Implementation = "auto",
+) -> AttentionStatistics:
+    """Exact statistics of softmax attention, without an array of size Q x K (but for `reference`).
+
+    Args:
+        q, k, v: post-rotary queries, keys and values; k and v un-repeated under grouped-query attention.
+        request: what is wanted; nothing else is computed.
+        scale: factor on q.k; 1/sqrt(dim) by default.
+        window: keys a query sees, itself included (sliding-window attention).
+        softcap: logits become softcap * tanh(logit / softcap), after scaling.
+        sinks: a learned logit per query head that takes part in the softmax and has no value (gpt-oss).
+        key_start, key_end: the run of real keys of each prompt; padding before or after it is never seen.
+        key_features: functions of the key; their attention-weighted sums come back as `features`.
+        query_keys: key indices per query (-1: none); the mass on them comes back as `at_keys`.
+        implementation: "auto" takes the fastest that reaches the request.
+
+    Raises:
+        RequestError: shapes that do not belong together, or an implementation that cannot serve the request.
+    """
+    geometry = Geometry(q.shape[0], q.shape[2], k.shape[2], causal, window, key_start, key_end)
+    if q.shape[1] % k.shape[1]:
+        raise RequestError(f"{q.shape[1]} query heads cannot share {k.shape[1]} KV heads: not a multiple.")
+    if key_features is not None and key_features.shape[-1] > MAX_FEATURES:
+        raise RequestError(f"{key_features.shape[-1]} key features were given; at most {MAX_FEATURES} fit one pass.")
+    reached = identities_reach(request, geometry, softcap, sinks)
+    if implementation == "auto":
+        # On a CPU the block pass costs no more than SDPA itself; on a GPU the fused kernel wins where it suffices.
+        implementation = "identities" if reached and q.device.type == "cuda" else "blocks"
+    elif implementation == "identities" and not reached:
+        raise RequestError(
+            "The linear identities reach neither maxima, columns, windows, soft caps nor learned sinks; "
+            "ask for implementation='blocks'."
+        )
+    with torch.no_grad():
+        return IMPLEMENTATIONS[implementation](
+            q,
+            k,
+            v,
+            request,
+            geometry,
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            softcap=softcap,
+            sinks=sinks,
+            key_features=key_features,
+            query_keys=query_keys,
+        )
+
+
+def attention_output(
+    q: Float[Tensor, "batch head query dim"],
+    k: Float[Tensor, "batch kv_head key dim"],
+    v: Float[Tensor, "batch kv_head key value_dim"],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " head"] | None = None,
+    key_start: Int[Tensor, " batch"] | None = None,
+    key_end: Int[Tensor, " batch"] | None = None,
+) -> Float[Tensor, "batch head query value_dim"]:
+    """Causal attention in O(N) memory, in the dtype of `q`; rows of padding are zero.
+
+    Differentiable: with gradients on, what SDPA cannot do goes through the full pattern.
+    """
+    geometry = Geometry(q.shape[0], q.shape[2], k.shape[2], True, window, key_start, key_end)
+    plain = softcap is None and sinks is None and geometry.window_of(k.shape[2]) is None
+    if plain:
+        return _sdpa(q, k, v, geometry, scale)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        pattern, _ = attention_pattern(
+            q, k, geometry, scale=scale, softcap=softcap, sinks=sinks, dtype=torch.promote_types(q.dtype, torch.float32)
+        )
+        return pattern.to(q.dtype) @ v.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    found = blocked_statistics(
+        q, k, v, StatisticsRequest(output=True), geometry, scale=scale, softcap=softcap, sinks=sinks
+    )
+    assert found.output is not None
+    return found.output.to(q.dtype)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float) -> Tensor:
+    groups = list(geometry.slices())
+    whole = len(groups) == 1 and groups[0] == (slice(0, len(q)), slice(0, q.shape[2]), slice(0, k.shape[2]))
+    if whole:
+        return causal_sdpa(q, k, v, scale)
+    output = q.new_zeros(*q.shape[:3], v.shape[-1])
+    for prompts, rows, columns in groups:
+        part = causal_sdpa(q[prompts, :, rows], k[prompts, :, columns], v[prompts, :, columns], scale)
+        output[prompts, :, rows] = part
+    return output
+
+
+def causal_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """SDPA with right-aligned causality; a mask array only for chunked prefill (1 < Q < K)."""
+    queries, keys = q.shape[2], k.shape[2]
+    mask = None
+    if 1 < queries < keys:
+        mask = Geometry(1, queries, keys).visible(q.device)[:, None]
+    return scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=queries == keys, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )

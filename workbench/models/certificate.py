@@ -1,0 +1,232 @@
+"""Proof, on attach, that our view of a model is the model.
+
+Each check has a measured error and a tolerance; one failure refuses the model. Errors of logits and outputs are the
+largest absolute difference divided by the largest absolute value, so they read the same for all models.
+
+1. logits: the model under our attention function, statistics computed on the way, against the untouched model.
+2. output: attention rebuilt in float64 from the captured q, k, v, against the untouched module's own output.
+3. rows: each row of the pattern sums to one, or to one minus the mass of the learned sink.
+4. causal: later tokens change nothing at earlier positions.
+5. padding, left and right: padding changes nothing for real tokens.
+6. edit: zeroing one head's z changes the logits (and putting back its own z does not).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.errors import CertificateFailed
+from workbench.kernels import StatisticsRequest, attention_pattern
+from workbench.models.architectures import describe, locate
+from workbench.models.attach import AttentionCall, Attachment
+from workbench.models.batch import Batch
+
+PROBE_TOKENS = 48
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: `passed` when the measured error is within the tolerance."""
+
+    name: str
+    measured: float
+    tolerance: float
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """All checks of one attachment."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"passed": self.passed, "checks": [asdict(check) for check in self.checks]}
+
+    def require(self) -> None:
+        """Refuse a model that failed a check."""
+        failed = [check for check in self.checks if not check.passed]
+        if failed:
+            reasons = "; ".join(f"{c.name}: {c.measured:.2g} (tolerance {c.tolerance:.2g}), {c.detail}" for c in failed)
+            raise CertificateFailed(f"The model is refused, because our view of it is not the model. {reasons}.")
+
+
+@dataclass(frozen=True)
+class _Untouched:
+    """What the model does on the probe before we attach."""
+
+    batch: Batch
+    logits: Tensor
+    z: list[Tensor]
+
+
+def attach_model(hf_model: nn.Module, *, seed: int = 0) -> tuple[Attachment, Certificate]:
+    """Attach and certify; raises `CertificateFailed`, detached again, if a check fails."""
+    describe(hf_model)
+    untouched = _run_untouched(hf_model, _probe(hf_model, seed))
+    attachment = Attachment(hf_model)
+    certificate = Certificate(tuple(_checks(attachment, untouched)))
+    if not certificate.passed:
+        attachment.detach()
+    certificate.require()
+    return attachment, certificate
+
+
+def _probe(hf_model: nn.Module, seed: int) -> Batch:
+    spec = describe(hf_model)
+    tokens = min(PROBE_TOKENS, spec.max_positions or PROBE_TOKENS)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, spec.vocab_size, (2, tokens), generator=generator)
+    device = next(hf_model.parameters()).device
+    return Batch(ids, torch.ones_like(ids, dtype=torch.bool)).to(device)
+
+
+@torch.no_grad()
+def _run_untouched(hf_model: nn.Module, batch: Batch) -> _Untouched:
+    z: list[Tensor] = []
+    hooks = [
+        layer.projection.register_forward_pre_hook(lambda module, args: z.append(args[0].detach()))
+        for layer in locate(hf_model)
+    ]
+    try:
+        logits = forward(hf_model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return _Untouched(batch, logits, z)
+
+
+def forward(hf_model: Any, batch: Batch, **options: Any) -> Tensor:
+    """Logits of a batch; positions count real tokens, so padding on either side shifts nothing."""
+    if batch.padded:
+        options |= {"attention_mask": batch.mask.long(), "position_ids": batch.positions}
+    logits: Tensor = hf_model(batch.ids, use_cache=False, **options).logits
+    return logits
+
+
+def _error(found: Tensor, truth: Tensor) -> float:
+    return float((found - truth).abs().max() / truth.abs().max().clamp(min=1e-30))
+
+
+def _checks(attachment: Attachment, untouched: _Untouched) -> list[Check]:
+    tolerance = TOLERANCE.get(attachment.dtype, 5e-2)
+    with torch.no_grad():
+        calls, logits = _captured(attachment, untouched.batch)
+        checks = [_close("logits", _error(logits, untouched.logits), tolerance, "against the untouched model")]
+        checks.append(_close("output", *_rebuilt(calls, untouched, tolerance)))
+        checks.append(_close("rows", _rows(calls), 2e-5, "each row sums to one, less the mass of a learned sink"))
+        checks.append(_close("causal", *_causal(attachment, untouched, tolerance)))
+        for side in ("left", "right"):
+            error = _padding(attachment, untouched, side)
+            checks.append(_close(f"padding {side}", error, tolerance, "a shorter prompt, alone and padded"))
+        checks.extend(_edits(attachment, untouched, tolerance))
+    return checks
+
+
+def _close(name: str, measured: float, tolerance: float, detail: str) -> Check:
+    return Check(name, measured, tolerance, measured <= tolerance, detail)
+
+
+def _captured(attachment: Attachment, batch: Batch) -> tuple[list[AttentionCall], Tensor]:
+    calls: list[AttentionCall] = []
+    request = StatisticsRequest(output=True, lse=True, max_prob=True, column_sum=True)
+
+    def watch(call: AttentionCall) -> Tensor:
+        calls.append(call)
+        output = call.statistics(request).output
+        assert output is not None
+        return output.to(call.q.dtype)
+
+    with attachment.observe(watch):
+        logits = forward(attachment.hf_model, batch)
+    return calls, logits
+
+
+def _rebuilt(calls: list[AttentionCall], untouched: _Untouched, tolerance: float) -> tuple[float, float, str]:
+    errors = []
+    for call, own in zip(calls, untouched.z, strict=True):
+        group = call.q.shape[1] // call.k.shape[1]
+        z = call.pattern(torch.float64) @ call.v.double().repeat_interleave(group, dim=1)
+        errors.append(_error(z.transpose(1, 2).flatten(2), own.double().reshape(len(own), own.shape[1], -1)))
+    exercised = [call.window for call in calls if call.window is not None and call.window < call.k.shape[2]]
+    windows = [call.window for call in calls if call.window is not None]
+    note = ""
+    if windows and not exercised:
+        note = f"; windows of {min(windows)} keys are longer than the probe and were not exercised"
+    return max(errors), tolerance, f"z rebuilt in float64 from q, k, v of {len(calls)} layers{note}"
+
+
+def _rows(calls: list[AttentionCall]) -> float:
+    """Row sums under the streaming log-sum-exp: an error in it, or a key too many or too few, shows here."""
+    worst = 0.0
+    for call in calls:
+        options = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks}
+        pattern, lse = attention_pattern(call.q, call.k, call.geometry, **options)  # type: ignore[arg-type]
+        streamed = call.statistics(StatisticsRequest(lse=True)).lse
+        assert streamed is not None
+        total = pattern.sum(-1) * torch.exp(lse - streamed)
+        if call.sinks is not None:
+            total = total + torch.exp(call.sinks.double()[None, :, None] - streamed)
+        worst = max(worst, float((total - 1).abs().max()))
+    return worst
+
+
+def _causal(attachment: Attachment, untouched: _Untouched, tolerance: float) -> tuple[float, float, str]:
+    batch, cut = untouched.batch, untouched.batch.ids.shape[1] // 2
+    changed = batch.ids.clone()
+    changed[:, cut:] = (changed[:, cut:] + 1) % attachment.spec.vocab_size
+    logits = forward(attachment.hf_model, Batch(changed, batch.mask))
+    detail = f"logits before position {cut} with all later tokens changed"
+    return _error(logits[:, :cut], untouched.logits[:, :cut]), tolerance, detail
+
+
+def _padding(attachment: Attachment, untouched: _Untouched, side: str) -> float:
+    """A prompt that fills two thirds of the row, padded with the other third, against the untouched model."""
+    ids, tokens = untouched.batch.ids, untouched.batch.ids.shape[1]
+    kept = max(1, tokens * 2 // 3)
+    rows, mask = ids.clone(), torch.ones_like(ids, dtype=torch.bool)
+    place = slice(tokens - kept, tokens) if side == "left" else slice(0, kept)
+    rows[1], mask[1] = 0, False
+    rows[1, place], mask[1, place] = ids[1, :kept], True
+    logits = forward(attachment.hf_model, Batch(rows, mask))
+    whole = _error(logits[0], untouched.logits[0])
+    return max(whole, _error(logits[1, place], untouched.logits[1, :kept]))
+
+
+def _edits(attachment: Attachment, untouched: _Untouched, tolerance: float) -> list[Check]:
+    """One head of the first, middle and last layer: zeroed, and replaced by itself."""
+    last = attachment.spec.n_layers - 1
+    moved = []
+    for layer in sorted({0, last // 2, last}):
+        changed = _edited(attachment, untouched.batch, layer, lambda z: torch.zeros_like(z))
+        moved.append(_error(changed, untouched.logits))
+    same = _edited(attachment, untouched.batch, last // 2, lambda z: z.clone())
+    least = 10 * torch.finfo(attachment.dtype).eps
+    detail = f"least change of the logits when one head's z is zeroed; must exceed {least:.1g}"
+    return [
+        Check("edit", min(moved), least, min(moved) > least, detail),
+        _close("no edit", _error(same, untouched.logits), tolerance, "logits with a head's z replaced by itself"),
+    ]
+
+
+def _edited(attachment: Attachment, batch: Batch, layer: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+    def watch(call: AttentionCall) -> Tensor:
+        z = call.output()
+        if call.layer == layer:
+            z = z.clone()
+            z[:, 0] = change(z[:, 0])
+        return z
+
+    with attachment.observe(watch):
+        return forward(attachment.hf_model, batch)

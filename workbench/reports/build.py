@@ -1,0 +1,130 @@
+"""From a run to the page's content: texts, figures and script data, before anything is rendered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from workbench.figures import DARK, LIGHT, Palette, template
+from workbench.reports.cards import Card, cards
+from workbench.reports.catalogue import Catalogue, catalogue
+from workbench.reports.charts import charts
+from workbench.reports.examples import Pattern, patterns, reach
+from workbench.reports.facts import checks, duration, model_facts, moment, run_facts, steps
+from workbench.reports.findings import findings, summary, switching_heads, verification_rows
+from workbench.reports.payload import size_of
+from workbench.reports.source import RunLike
+from workbench.reports.table import head_table
+
+# what may be left out, and how the report names it
+OPTIONAL = {
+    "patterns": "pattern maps",
+    "tokens": "token views",
+    "curves": "position curves",
+    "contrast": "domain contrast",
+    "details": "intervals and q-values in the head table (they stay in the run's table)",
+    "maps": "layer x head maps",
+    "ablation": "ablation chart (its table stays)",
+}
+
+
+@dataclass(frozen=True)
+class Content:
+    """Everything a report shows. `figures` is by part, then by figure id."""
+
+    manifest: Mapping[str, Any]
+    texts: dict[str, Any]
+    known: Catalogue
+    cards: list[Card]
+    patterns: list[Pattern]
+    figures: dict[str, dict[str, dict[str, Any]]]
+    table: dict[str, Any] | None
+    slim_table: dict[str, Any] | None
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes that each optional part takes in the file."""
+        sizes = {part: size_of(figures) for part, figures in self.figures.items()}
+        sizes["tokens"] = size_of([p.payload() for p in self.patterns])
+        if self.table is not None:
+            sizes["details"] = size_of(self.table) - size_of(self.slim_table)
+        return {part: size for part, size in sizes.items() if size > 0}
+
+    def figure_ids(self, omit: frozenset[str]) -> dict[str, dict[str, Any]]:
+        """The figures that stay, by id."""
+        kept = [figures for part, figures in self.figures.items() if part not in omit]
+        return {name: figure for figures in kept for name, figure in figures.items()}
+
+    def script_data(self, omit: frozenset[str]) -> dict[str, Any]:
+        """What the page's scripts read."""
+        views = [] if "tokens" in omit else self.patterns
+        figures = self.figure_ids(omit)
+        return {
+            "palettes": {palette.name: _for_scripts(palette) for palette in (LIGHT, DARK)},
+            "templates": {p.name: template(p is DARK).to_plotly_json() for p in (LIGHT, DARK)} if figures else {},
+            "figures": {name: {k: pair[k] for k in ("figure", "dark")} for name, pair in figures.items()},
+            "table": self.slim_table if "details" in omit else self.table,
+            "tokens": {p.example: list(p.tokens) for p in views},
+            "patterns": {p.key: p.payload() for p in views},
+        }
+
+
+def build(run: RunLike) -> Content:
+    """Reads the run once and computes everything that a report may show."""
+    known = catalogue(run)
+    # the large view starts with the head that has most to show
+    found = sorted(patterns(run), key=lambda pattern: -reach(pattern.values))
+    chosen = cards(run, known, found)
+    leading = findings(run, known)
+    verification = verification_rows(run, known)
+    certificate = run.manifest.get("certificate", {})
+    texts: dict[str, Any] = {
+        "title": run.title,
+        "run_id": str(run.manifest.get("id", "")),
+        "kind": str(run.manifest.get("kind", "run")),
+        "created": moment(run.manifest.get("created")),
+        "duration": duration(run),
+        "summary": summary(run, known, leading),
+        "findings": leading,
+        "verification": verification,
+        "switching": switching_heads(run),
+        "model": run.manifest.get("model", {}),
+        "checks": checks(run),
+        "certified": certificate.get("passed"),
+        "model_facts": model_facts(run),
+        "run_facts": run_facts(run),
+        "prompts": list(run.manifest.get("prompts", [])),
+        "steps": steps(run),
+    }
+    return Content(
+        manifest=run.manifest,
+        texts=texts,
+        known=known,
+        cards=chosen,
+        patterns=found,
+        figures=charts(run, known, chosen, found),
+        table=head_table(run, known),
+        slim_table=head_table(run, known, details=False),
+    )
+
+
+def style_variables() -> Markup:
+    """The palettes as CSS custom properties: light, dark by choice, dark by the system's preference."""
+    light, dark = _variables(LIGHT), _variables(DARK)
+    return Markup(
+        f":root{{color-scheme:light;{light}}}\n:root[data-theme=dark]{{color-scheme:dark;{dark}}}\n"
+        f"@media (prefers-color-scheme:dark){{:root:not([data-theme]){{color-scheme:dark;{dark}}}}}\n"
+        f"@media print{{:root,:root[data-theme=dark],:root:not([data-theme]){{color-scheme:light;{light}}}}}"
+    )
+
+
+def _variables(palette: Palette) -> str:
+    names = "page surface sunken ink muted line accent effect control good bad".split()
+    scale = ",".join(palette.sequential)
+    return "".join(f"--{name}:{getattr(palette, name)};" for name in names) + f"--scale:{scale};"
+
+
+def _for_scripts(palette: Palette) -> dict[str, Any]:
+    return {"scale": list(palette.sequential), "control": palette.control, "effect": palette.effect}

@@ -1,0 +1,111 @@
+"""The detectors of a run in their order, with titles, units and thresholds, whatever the run recorded of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import pandas as pd
+
+from workbench.reports.source import RunLike, frame
+
+# the roles that a summary names first, and the words by which their detectors are known
+_ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("sink", ("sink",)),
+    ("previous-token", ("previous",)),
+    ("induction", ("induction",)),
+    ("retrieval", ("retriev", "needle", "copy")),
+)
+
+
+@dataclass(frozen=True)
+class DetectorInfo:
+    """One detector as a report shows it."""
+
+    name: str
+    title: str
+    measures: str
+    unit: str
+    threshold: float
+    paper: str
+    url: str
+    caption: str
+    positions: str
+
+    @property
+    def has_threshold(self) -> bool:
+        return math.isfinite(self.threshold)
+
+    def as_row(self) -> dict[str, Any]:
+        """The form that `workbench.figures` takes."""
+        return {"detector": self.name} | {
+            key: getattr(self, key) for key in ("title", "unit", "threshold", "caption", "measures")
+        }
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All detectors that have scores in the run."""
+
+    detectors: tuple[DetectorInfo, ...]
+
+    def __iter__(self) -> Iterator[DetectorInfo]:
+        return iter(self.detectors)
+
+    def __len__(self) -> int:
+        return len(self.detectors)
+
+    def get(self, name: str) -> DetectorInfo:
+        """The detector of that name, or a bare entry where the run describes none."""
+        return next((d for d in self.detectors if d.name == name), _bare(name))
+
+    def titles(self) -> dict[str, str]:
+        return {d.name: d.title for d in self.detectors}
+
+    def leading(self) -> list[DetectorInfo]:
+        """The detectors a summary speaks of: sink, previous token, induction, retrieval; else the first four."""
+        found: list[DetectorInfo] = []
+        for _, words in _ROLES:
+            match = next((d for d in self.detectors if any(w in d.name.lower() for w in words)), None)
+            if match is not None and match not in found:
+                found.append(match)
+        return found or list(self.detectors[:4])
+
+
+def catalogue(run: RunLike) -> Catalogue:
+    """Detectors in the order of the detector table, then any others that have scores."""
+    scores = frame(run, "head_scores")
+    scored = [str(name) for name in dict.fromkeys(scores["detector"])] if scores is not None else []
+    table = frame(run, "detectors")
+    described = {} if table is None else {str(r["detector"]): _info(r) for r in table.to_dict("records")}
+    names = [name for name in described if name in scored] + [name for name in scored if name not in described]
+    return Catalogue(tuple(described.get(name) or _bare(name) for name in names))
+
+
+def _info(row: dict[str, Any]) -> DetectorInfo:
+    name = str(row["detector"])
+    texts = {key: _text(row.get(key)) for key in ("measures", "unit", "paper", "caption", "positions")}
+    threshold, url = row.get("threshold"), _text(row.get("url"))
+    return DetectorInfo(
+        name=name,
+        title=_text(row.get("title")) or _bare(name).title,
+        threshold=float(threshold) if isinstance(threshold, Real) else math.nan,
+        url=url if url.startswith(("https://", "http://")) else "",
+        **texts,
+    )
+
+
+def _bare(name: str) -> DetectorInfo:
+    return DetectorInfo(name, name.replace("_", " ").capitalize(), "", "", math.nan, "", "", "", "")
+
+
+def _text(value: object) -> str:
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
+
+
+def label_of(row: pd.Series | dict[str, Any], known: Catalogue) -> str:
+    """`Induction, top 4` for a row of the verification table."""
+    return f"{known.get(str(row['detector'])).title}, top {int(row['k'])}"

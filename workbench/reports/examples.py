@@ -1,0 +1,94 @@
+"""Attention patterns of short prompts for the token view and the pattern map.
+
+A causal pattern is kept as its lower triangle in 16-bit steps of 1/65535, base64: 5.5 kB a head at 64 tokens.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from workbench.figures.pattern import colour_range
+from workbench.reports.source import RunLike, frame, head_name
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """The attention pattern of one head on one example."""
+
+    key: str
+    head: str
+    layer: int
+    index: int
+    example: str
+    title: str
+    caption: str
+    tokens: tuple[str, ...]
+    values: np.ndarray[Any, np.dtype[np.float32]]
+
+    def payload(self) -> dict[str, Any]:
+        """For the token view: packed weights, the top of the scale, the query to show first."""
+        return {
+            "head": self.head,
+            "example": self.example,
+            "top": round(colour_range(self.values), 4),
+            "start": telling_query(self.values),
+            "weights": pack(self.values),
+        }
+
+
+def patterns(run: RunLike) -> list[Pattern]:
+    """All patterns of the run whose example has its tokens; none where the run has no such array."""
+    tokens = frame(run, "example_tokens")
+    if tokens is None or "patterns" not in run.arrays:
+        return []
+    info = frame(run, "example_info")
+    data = run.array("patterns")
+    stack = np.asarray(data["pattern"].transpose("example_head", "query", "key").values, dtype=np.float32)
+    labels = [data[name].values for name in ("example", "layer", "head")]
+    found: list[Pattern] = []
+    for index, (example, layer, head) in enumerate(zip(*labels, strict=True)):
+        texts = tuple(map(str, tokens[tokens["example"] == example].sort_values("position")["text"]))
+        if not texts or len(texts) > stack.shape[1]:
+            continue
+        title, caption = _described(info, str(example))
+        values = np.nan_to_num(stack[index, : len(texts), : len(texts)])
+        key = f"p{index}"
+        found.append(
+            Pattern(key, head_name(layer, head), int(layer), int(head), str(example), title, caption, texts, values)
+        )
+    return found
+
+
+def pack(values: np.ndarray[Any, Any]) -> str:
+    """The lower triangle, row by row, as little-endian 16-bit numbers in base64."""
+    rows, columns = np.tril_indices(values.shape[0])
+    steps = np.clip(np.round(values[rows, columns] * 65535), 0, 65535).astype("<u2")
+    return base64.b64encode(steps.tobytes()).decode()
+
+
+def telling_query(values: np.ndarray[Any, Any]) -> int:
+    """The last of the queries with the largest attention to a token other than the first and itself."""
+    count = values.shape[0]
+    if count < 3:
+        return count - 1
+    others = np.tril(values, k=-1)[:, 1:]
+    best = others.max(axis=1)
+    return int(np.flatnonzero(best >= 0.9 * best.max())[-1])
+
+
+def reach(values: np.ndarray[Any, Any]) -> float:
+    """How much there is to see: mean attention to keys farther back than the previous one, the first left out."""
+    return float(np.tril(values, k=-2)[:, 1:].sum(axis=1).mean())
+
+
+def _described(info: pd.DataFrame | None, example: str) -> tuple[str, str]:
+    if info is not None:
+        rows = info[info["example"] == example]
+        if not rows.empty:
+            return str(rows.iloc[0]["title"]), str(rows.iloc[0]["caption"])
+    return example, ""

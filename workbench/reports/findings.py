@@ -1,0 +1,210 @@
+"""The summary of a run, computed from its tables: which heads lead, by how much, and what ablating them did.
+
+No sentence here is about a model in particular; each is a frame that numbers of the run fill. A negative result has
+its own frame, so that it is told as plainly as a positive one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from markupsafe import Markup
+
+from workbench.figures.text import interval, number, probability, signed
+from workbench.figures.verdict import Verdict, verdict
+from workbench.reports.catalogue import Catalogue, DetectorInfo
+from workbench.reports.source import RunLike, frame, head_name
+
+
+@dataclass(frozen=True)
+class Causal:
+    """One ablation in words."""
+
+    brief: str
+    text: str
+    control: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The leading head of one detector."""
+
+    detector: DetectorInfo
+    head: str
+    value: float
+    low: float
+    high: float
+    null: float
+    passing: int | None
+    heads: int
+    causal: Causal | None
+
+    @property
+    def value_text(self) -> str:
+        return number(self.value)
+
+    @property
+    def interval_text(self) -> str:
+        return interval(self.low, self.high)
+
+    @property
+    def null_text(self) -> str:
+        return number(self.null)
+
+
+def findings(run: RunLike, known: Catalogue) -> list[Finding]:
+    """One finding for each leading detector that has scores."""
+    scores = frame(run, "head_scores")
+    if scores is None:
+        return []
+    verification = frame(run, "verification")
+    return [_finding(scores, verification, detector) for detector in known.leading()]
+
+
+def _finding(scores: pd.DataFrame, verification: pd.DataFrame | None, detector: DetectorInfo) -> Finding:
+    rows = scores[scores["detector"] == detector.name]
+    best: dict[str, Any] = rows.loc[rows["value"].idxmax()].to_dict()
+    passing = int((rows["value"] >= detector.threshold).sum()) if detector.has_threshold else None
+    return Finding(
+        detector,
+        head_name(best["layer"], best["head"]),
+        *(float(best[key]) for key in ("value", "low", "high", "null")),
+        passing=passing,
+        heads=len(rows),
+        causal=_causal(verification, detector.name),
+    )
+
+
+def _causal(verification: pd.DataFrame | None, detector: str) -> Causal | None:
+    """The strongest evidence: the ablation with the smallest p, of several the one of most heads."""
+    if verification is None:
+        return None
+    rows = verification[verification["detector"] == detector]
+    if rows.empty:
+        return None
+    return causal(rows.sort_values(["p", "k"], ascending=[True, False]).iloc[0].to_dict())
+
+
+def causal(row: dict[str, Any]) -> Causal:
+    """An ablation in a sentence, its control in another, and the verdict."""
+    count = int(row["k"])
+    heads = "the top head" if count == 1 else f"the top {count} heads"
+    unit = f" {row['unit']}" if row.get("unit") else ""
+    metric = f"{row['metric']} from {number(row['baseline'])} to {number(row['ablated'])}"
+    spread = interval(row["control_low"], row["control_high"])
+    return Causal(
+        brief=f"without its top {f'{count} heads' if count > 1 else 'head'}, {row['metric']} goes from "
+        f"{number(row['baseline'])} to {number(row['ablated'])}{unit} "
+        f"(matched random heads: {signed(row['control_effect'])})",
+        text=f"Ablating {heads} takes {metric}: {signed(row['effect'])}{unit} "
+        f"({interval(row['low'], row['high'])}).",
+        control=f"Random heads: {signed(row['control_effect'])}" + (f" ({spread})." if spread else "."),
+        verdict=verdict(row),
+    )
+
+
+def summary(run: RunLike, known: Catalogue, found: list[Finding]) -> Markup:
+    """One paragraph: the model, its leading heads, what ablations showed and did not show."""
+    model = run.manifest.get("model", {})
+    parts = [_opening(model, len(known))]
+    parts += [_leading(finding) for finding in found]
+    parts += _balance(frame(run, "verification")) if found else []
+    return Markup(" ").join(parts)
+
+
+def _opening(model: dict[str, Any], detectors: int) -> Markup:
+    layers, heads = model.get("layers"), model.get("heads")
+    shape = f" ({layers} layers of {heads} heads)" if layers and heads else ""
+    name = model.get("name") or "The model"
+    if not detectors:
+        return Markup("<strong>{}</strong>{} was read; no head has been scored in this run.").format(name, shape)
+    read = "one detector" if detectors == 1 else f"{detectors} detectors"
+    return Markup("All heads of <strong>{}</strong>{} were scored by {}.").format(name, shape, read)
+
+
+def _leading(finding: Finding) -> Markup:
+    text = Markup('{} is strongest in <a class="head" href="#{}">{}</a> ({}').format(
+        finding.detector.title, finding.head, finding.head, finding.value_text
+    )
+    if finding.passing is not None:
+        count = "no head passes" if finding.passing == 0 else f"{finding.passing} of {finding.heads} heads pass"
+        text += Markup("; {} {}").format(count, number(finding.detector.threshold))
+    text += Markup(")")
+    tested = finding.causal
+    if tested is not None and tested.verdict.kind == "shown":
+        text += Markup("; {}").format(tested.brief)
+    elif tested is not None:
+        text += Markup("; {}").format(_NOT_SHOWN[tested.verdict.kind])
+    return text + Markup(".")
+
+
+_NOT_SHOWN = {
+    "inside": "ablating its top heads does no more than ablating random ones",
+    "unsure": "what ablating its top heads does is not settled",
+    "reverse": "ablating its top heads makes the metric better, not worse",
+    "uncontrolled": "its ablation had no control",
+}
+
+
+def _balance(verification: pd.DataFrame | None) -> list[Markup]:
+    if verification is None:
+        return [Markup("No ablation has been run, so these scores say what heads attend to, not what they do.")]
+    kinds = [verdict(row).kind for row in verification.to_dict("records")]
+    shown, inside = kinds.count("shown"), kinds.count("inside")
+    text = f"Of {len(kinds)} ablations in all, {shown} went beyond matched random heads"
+    if inside:
+        text += f" and {inside} did not"
+    return [Markup("{}.").format(text)]
+
+
+def verification_rows(run: RunLike, known: Catalogue) -> list[dict[str, Any]]:
+    """The ablation table as texts."""
+    table = frame(run, "verification")
+    if table is None:
+        return []
+    return [_verification_row(row, known) for row in table.to_dict("records")]
+
+
+def _verification_row(row: dict[str, Any], known: Catalogue) -> dict[str, Any]:
+    return {
+        "detector": known.get(str(row["detector"])).title,
+        "k": int(row["k"]),
+        "heads": str(row["heads"]).split(),
+        "how": row["how"],
+        "metric": row["metric"],
+        "unit": row["unit"],
+        "better": row["better"],
+        "baseline": number(row["baseline"], 3),
+        "ablated": number(row["ablated"], 3),
+        "effect": signed(row["effect"], 3),
+        "interval": interval(row["low"], row["high"], 3),
+        "control": signed(row["control_effect"], 3),
+        "control_interval": interval(row["control_low"], row["control_high"], 3),
+        "draws": number(row["draws"], 0),
+        "p": probability(row["p"]),
+        "q": probability(row["q"]),
+        "n": number(row["n"], 0),
+        "verdict": verdict(row),
+    }
+
+
+def switching_heads(run: RunLike, count: int = 10) -> list[dict[str, str]]:
+    """The heads whose first-token mass differs most between prose and code, as texts."""
+    table = frame(run, "domain_contrast")
+    if table is None or not {"prose", "code"} <= set(table["domain"]):
+        return []
+    wide = table.pivot_table(index=["layer", "head"], columns="domain", values="value").dropna()
+    wide["gap"] = wide["prose"] - wide["code"]
+    far = wide.sort_values("gap", key=abs, ascending=False).head(count).reset_index()
+    return [
+        {
+            "head": head_name(int(row["layer"]), int(row["head"])),
+            "prose": number(row["prose"], places=2),
+            "code": number(row["code"], places=2),
+            "difference": signed(row["gap"]),
+        }
+        for row in far.to_dict("records")
+    ]

@@ -1,0 +1,44 @@
+"""What a report reads of a run, and how it copes with what a run lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
+
+import pandas as pd
+import xarray as xr
+
+
+class RunLike(Protocol):
+    """The part of `workbench.runs.Run` that reports rely on."""
+
+    @property
+    def manifest(self) -> Mapping[str, Any]: ...
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def tables(self) -> Collection[str]: ...
+
+    @property
+    def arrays(self) -> Collection[str]: ...
+
+    def table(self, name: str) -> pd.DataFrame: ...
+
+    def has_table(self, name: str) -> bool: ...
+
+    def array(self, name: str) -> xr.Dataset: ...
+
+
+def frame(run: RunLike, name: str) -> pd.DataFrame | None:
+    """A table of the run; None where the run has none or it has no rows."""
+    if not run.has_table(name):
+        return None
+    table = run.table(name)
+    return None if table.empty else table
+
+
+def head_name(layer: object, head: object) -> str:
+    """`L18H6`."""
+    return f"L{layer}H{head}"

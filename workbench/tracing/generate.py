@@ -1,0 +1,161 @@
+"""Greedy decoding under edits, with statistics of the rows that produce each token.
+
+The first step's row is that of the last prompt token (it emits the first new token); later steps add one row each.
+Prompts are padded on the left, so that all of them end in the same column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from workbench.errors import RequestError
+from workbench.models import AttentionCall, Batch
+from workbench.tracing.edits import Ablation, Edit, apply_ablation
+from workbench.tracing.statistics import Measured, Statistic
+
+if TYPE_CHECKING:
+    from workbench.tracing.model import Model
+
+
+@dataclass
+class Generation:
+    """New tokens of each prompt (-1 after its end), their text, and statistics `[prompt, layer, head, step]`.
+
+    Keys in statistics count from the prompt's first real token.
+    """
+
+    ids: Int[Tensor, "prompt step"]
+    texts: list[str] | None
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.values[name]
+
+
+@torch.no_grad()
+def generate(
+    model: Model,
+    batch: Batch,
+    max_new_tokens: int,
+    edits: Sequence[Edit],
+    statistics: Sequence[Statistic],
+    stop_ids: Iterable[int] | None,
+) -> Generation:
+    """Greedy continuation; ablations act in prefill and decoding alike, at every position."""
+    _refuse(edits, statistics, max_new_tokens)
+    ablations = [edit for edit in edits if isinstance(edit, Ablation)]
+    for ablation in ablations:
+        ablation.check(model.spec)
+    batch = _left_padded(batch).to(model.device)
+    reader = _Reader(ablations, statistics, batch)
+    stops = _stop_ids(model) if stop_ids is None else set(stop_ids)
+    hf_model, cache = model.attachment.hf_model, None
+    ids, mask, positions = batch.ids, batch.mask, batch.positions
+    done = torch.zeros(len(batch), dtype=torch.bool, device=model.device)
+    steps: list[Tensor] = []
+    with model.attachment.observe(reader.attention):
+        for _ in range(max_new_tokens):
+            reader.columns = mask.shape[1]
+            output = hf_model(
+                ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True,
+                logits_to_keep=1,
+            )  # fmt: skip
+            cache = output.past_key_values
+            token = output.logits[:, -1].argmax(-1)
+            reader.end_step()
+            steps.append(torch.where(done, -1, token))
+            for stop in stops:
+                done = done | (token == stop)
+            if bool(done.all()):
+                break
+            ids, positions = token[:, None], positions[:, -1:] + 1
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    new = torch.stack(steps, dim=1).cpu()
+    return Generation(new, _texts(model, new, stops), reader.finish())
+
+
+class _Reader:
+    """The observer while decoding: edits every call, measures its last row."""
+
+    def __init__(self, ablations: Sequence[Ablation], statistics: Sequence[Statistic], batch: Batch) -> None:
+        self.ablations, self.statistics, self.batch = ablations, statistics, batch
+        self.columns = 0
+        self._step: dict[str, list[Tensor]] = {}
+        self._steps: dict[str, list[Tensor]] = {}
+
+    def attention(self, call: AttentionCall) -> Tensor:
+        z = call.output()
+        for ablation in self.ablations:
+            z = apply_ablation(z, call, ablation, slice(0, len(self.batch)))
+        if self.statistics:
+            self._measure(call.last_query())
+        return z
+
+    def _measure(self, call: AttentionCall) -> None:
+        request = self.statistics[0].request
+        for statistic in self.statistics[1:]:
+            request = request | statistic.request
+        request = replace(request, output=True)
+        found = call.statistics(request)
+        # A sliding cache has dropped early keys; count from the prompt's first token all the same.
+        shift = self.columns - call.k.shape[2] - self.batch.starts.to(call.q.device)
+        for statistic in self.statistics:
+            value = statistic.read(Measured(found, request, call, None, None, None))
+            if statistic.integer:
+                value = torch.where(value >= 0, value + shift.reshape(-1, *[1] * (value.ndim - 1)), -1)
+            self._step.setdefault(statistic.name, []).append(value[:, :, 0].cpu())
+
+    def end_step(self) -> None:
+        for name, layers in self._step.items():
+            heads = max(layer.shape[1] for layer in layers)
+            even = [torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, heads - x.shape[1])) for x in layers]
+            self._steps.setdefault(name, []).append(torch.stack(even, dim=1))
+        self._step = {}
+
+    def finish(self) -> dict[str, Tensor]:
+        return {name: torch.stack(steps, dim=3) for name, steps in self._steps.items()}
+
+
+def _refuse(edits: Sequence[Edit], statistics: Sequence[Statistic], max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise RequestError(f"max_new_tokens = {max_new_tokens}: ask for 1 or more.")
+    for edit in edits:
+        if not isinstance(edit, Ablation):
+            raise RequestError("generate() takes ablations; patches belong to one forward pass (trace).")
+        fixed = edit.values is not None and any(value.ndim > 1 for value in edit.values.values())
+        if fixed or edit.positions is not None:
+            raise RequestError(
+                "generate() ablates all positions with one value: new tokens have no value or position of their own. "
+                "Use how='zero', 'mean', 'uniform' or 'to_sink' without positions."
+            )
+    for statistic in statistics:
+        if statistic.axis == "key" or statistic.key_features is not None or statistic.query_keys is not None:
+            raise RequestError(f"{statistic.name!r} is fixed to the keys of a batch; generate() takes row statistics.")
+        if statistic.needs_result_factor:
+            raise RequestError(f"{statistic.name!r} is not measured while decoding; trace the finished text instead.")
+
+
+def _left_padded(batch: Batch) -> Batch:
+    rows = [ids[mask].tolist() for ids, mask in zip(batch.ids, batch.mask, strict=True)]
+    return Batch.from_ids(rows, side="left", texts=batch.texts)
+
+
+def _stop_ids(model: Model) -> set[int]:
+    found: set[int] = set()
+    for holder in (getattr(model.attachment.hf_model, "generation_config", None), model.tokenizer):
+        end: Any = getattr(holder, "eos_token_id", None)
+        found |= set(end) if isinstance(end, list) else set() if end is None else {end}
+    return found
+
+
+def _texts(model: Model, new: Tensor, stops: set[int]) -> list[str] | None:
+    if model.tokenizer is None:
+        return None
+    rows = [[token for token in row if token >= 0 and token not in stops] for row in new.tolist()]
+    return [model.tokenizer.decode(row) for row in rows]

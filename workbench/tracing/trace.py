@@ -1,0 +1,132 @@
+"""What one trace found: statistics, sites, logits and losses of a batch, padding marked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from workbench.errors import RequestError
+from workbench.models import Batch, Spec
+from workbench.models.memory import Prediction
+from workbench.tracing.sites import Site, parse_site
+from workbench.tracing.statistics import Statistic
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+@dataclass
+class Trace:
+    """The results of `Model.trace`, on the CPU.
+
+    `trace["entropy"]` is `[prompt, layer, head, query]` (`[..., key]` for column statistics), float32, NaN at padding
+    and where a layer has fewer heads than others (keys: int64, -1). `logits` are `[prompt, kept, vocab]` at
+    `logit_positions`; `loss` is nats per token, `[prompt, token - 1]`, entry t for the token at t + 1.
+    """
+
+    batch: Batch
+    spec: Spec
+    prediction: Prediction
+    statistics: dict[str, Statistic] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    sites: dict[tuple[Site, int], Tensor] = field(default_factory=dict)
+    logits: Float[Tensor, "prompt kept vocab"] | None = None
+    logit_positions: Int[Tensor, "prompt kept"] | None = None
+    loss: Float[Tensor, "prompt token"] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.values:
+            known = ", ".join(self.values) or "none"
+            raise RequestError(f"No statistic {name!r} in this trace; it has {known}.")
+        return self.values[name]
+
+    def site(self, site: str, layer: int | None = None) -> Shaped[Tensor, "..."]:
+        """The captured value of a site, e.g. `site("z", 5)` or `site("blocks.5.attn.hook_z")`."""
+        name, named = parse_site(site, self.spec)
+        where = named if layer is None else layer
+        if where is None or (name, where) not in self.sites:
+            held = ", ".join(f"{s} of layer {n}" for s, n in sorted(self.sites)[:4]) or "no sites"
+            raise RequestError(f"{site!r} of layer {where} was not captured; this trace holds {held}.")
+        return self.sites[name, where]
+
+    def mean(self, name: str, rows: Tensor | None = None) -> Float[Tensor, "prompt layer head"]:
+        """Mean over positions, padding left out; `rows` `[prompt, token]` narrows them further."""
+        values = self[name]
+        chosen = ~values.isnan()
+        if rows is not None:
+            chosen = chosen & rows[:, None, None, :].to(torch.bool)
+        return torch.where(chosen, values, 0.0).sum(-1) / chosen.sum(-1)
+
+    def dataset(self) -> xr.Dataset:
+        """The statistics as labelled arrays, for saving and plotting."""
+        import xarray as xr
+
+        variables = {}
+        for name, value in self.values.items():
+            dims = ["prompt", "layer", "head", self.statistics[name].axis]
+            variables[name] = (dims + [f"{name}_column"] * (value.ndim - 4), value.numpy())
+        return xr.Dataset(variables)
+
+
+class Collector:
+    """Puts the pieces of a batch together: statistics into full arrays, sites into one tensor a layer."""
+
+    def __init__(self, batch: Batch, spec: Spec, statistics: Sequence[Statistic], prediction: Prediction) -> None:
+        self.trace = Trace(batch, spec, prediction, {s.name: s for s in statistics})
+        self.rows = slice(0, len(batch))
+        self._heads = max(layer.heads for layer in spec.layers)
+
+    def statistic(self, name: str, layer: int, value: Tensor) -> None:
+        statistic, batch = self.trace.statistics[name], self.trace.batch
+        if name not in self.trace.values:
+            shape = (len(batch), self.trace.spec.n_layers, self._heads, batch.ids.shape[1], *value.shape[3:])
+            empty = torch.full(shape, -1) if statistic.integer else torch.full(shape, float("nan"))
+            self.trace.values[name] = empty
+        where = self.trace.values[name]
+        where[self.rows, layer, : value.shape[1], : value.shape[2]] = value.to(where)
+
+    def site(self, site: Site, layer: int, value: Tensor) -> None:
+        batch, key = self.trace.batch, (site, layer)
+        if key not in self.trace.sites:
+            shape = list(value.shape)
+            shape[0] = len(batch)
+            for axis in (2, 3) if site == "pattern" else (1,):
+                shape[axis] = batch.ids.shape[1]
+            self.trace.sites[key] = torch.zeros(shape, dtype=value.dtype)
+        index = tuple(slice(0, size) for size in value.shape[1:])
+        self.trace.sites[key][(self.rows, *index)] = value.cpu()
+
+    def logits(self, logits: Tensor, kept: Tensor, wanted: Tensor) -> None:
+        """Each prompt's own rows out of the kept ones."""
+        place = torch.searchsorted(kept, wanted).to(logits.device)
+        own = torch.gather(logits, 1, place[..., None].expand(-1, -1, logits.shape[-1])).float().cpu()
+        if self.trace.logits is None:
+            self.trace.logits = own.new_empty(len(self.trace.batch), *own.shape[1:])
+        self.trace.logits[self.rows] = own
+
+    def loss(self, logits: Tensor, ids: Tensor, rows_at_once: int = 512) -> None:
+        """Negative log-probability of each next token, in float32, a few rows at a time."""
+        if self.trace.loss is None:
+            self.trace.loss = torch.full((len(self.trace.batch), max(0, self.trace.batch.ids.shape[1] - 1)), float("nan"))
+        rows, targets = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        parts = [
+            torch.nn.functional.cross_entropy(r.float(), t, reduction="none")
+            for r, t in zip(rows.split(rows_at_once), targets.split(rows_at_once), strict=True)
+        ]
+        if parts:
+            self.trace.loss[self.rows, : ids.shape[1] - 1] = torch.cat(parts).reshape(len(ids), -1).cpu()
+
+    def finish(self) -> Trace:
+        """Padding marked: NaN in statistics and losses, -1 in keys."""
+        trace, mask = self.trace, self.trace.batch.mask.cpu()
+        for name, value in trace.values.items():
+            padding = ~mask[:, None, None, :].expand(value.shape[:4])
+            value[padding] = -1 if trace.statistics[name].integer else float("nan")
+        if trace.loss is not None:
+            trace.loss[~(mask[:, 1:] & mask[:, :-1])] = float("nan")
+        return trace

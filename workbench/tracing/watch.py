@@ -1,0 +1,228 @@
+"""Runs a plan on one piece of a batch: the observer of attention calls, and the hooks on the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from workbench.errors import RequestError
+from workbench.models import AttentionCall, Attachment
+from workbench.models.architectures import output_weight, rewritten, written
+from workbench.tracing.edits import Patch, apply_ablation, masked
+from workbench.tracing.plan import Plan
+from workbench.tracing.sites import Site
+from workbench.tracing.statistics import Measured
+
+StatisticSink = Callable[[str, int, Tensor], None]
+SiteSink = Callable[[Site, int, Tensor], None]
+
+
+class Watch:
+    """One forward pass under a plan.
+
+    `rows` are the prompts of this piece within the batch and `tokens` its width: what statistics and edits given
+    for the whole batch are cut to. Results go to the two sinks, layer by layer, so that nothing is held twice.
+    """
+
+    def __init__(
+        self, attachment: Attachment, plan: Plan, rows: slice, tokens: int, statistic: StatisticSink, site: SiteSink
+    ) -> None:
+        self.attachment, self.plan, self.rows, self.tokens = attachment, plan, rows, tokens
+        self.put_statistic, self.put_site = statistic, site
+        self._resid_pre: dict[int, Tensor] = {}
+        self._z: dict[int, Tensor] = {}
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Observer and hooks in place; all removed on the way out."""
+        with ExitStack() as stack:
+            for layer in range(self.attachment.spec.n_layers):
+                for hook in self._hooks(layer):
+                    stack.callback(hook.remove)
+            stack.enter_context(self.attachment.observe(self.attention))
+            yield
+
+    # --- attention -------------------------------------------------------------------------------------------
+
+    def attention(self, call: AttentionCall) -> Tensor:
+        """The observer: patches of q, k, v; statistics; captures; then z with its edits."""
+        plan, layer = self.plan, call.layer
+        for patch in plan.patches_at(layer, "q", "k", "v"):
+            old = getattr(call, patch.site)
+            call = replace(call, **{patch.site: self._patched(old.transpose(1, 2), patch).transpose(1, 2)})
+        for site in plan.captured(layer, frozenset(["q", "k", "v"])):
+            self.put_site(site, layer, getattr(call, site).transpose(1, 2))
+        pattern = self._pattern(call)
+        z = self._measure(call) if plan.statistics else call.output()
+        if pattern is not None:
+            group = call.q.shape[1] // call.k.shape[1]
+            z = pattern.to(call.v.dtype) @ call.v.repeat_interleave(group, dim=1)
+        for ablation in plan.ablations:
+            z = apply_ablation(z, call, ablation, self.rows)
+        for patch in plan.patches_at(layer, "z"):
+            z = self._patched(z.transpose(1, 2), patch).transpose(1, 2)
+        if (site := "z") in plan.captured(layer):
+            self.put_site(site, layer, z.transpose(1, 2))
+        if "result" in plan.captured(layer):
+            self.put_site("result", layer, self._result(z, layer))
+        if plan.patches_at(layer, "result"):
+            self._z[layer] = z
+        return z
+
+    def _measure(self, call: AttentionCall) -> Tensor:
+        """All statistics of one layer in one pass, whose output is the model's z."""
+        statistics, request = self.plan.statistics, replace(self.plan.request, output=True)
+        features = [s.key_features for s in statistics if s.key_features is not None]
+        slots = [s.query_keys for s in statistics if s.query_keys is not None]
+        found = call.statistics(
+            request,
+            key_features=self._cut(features, call),
+            query_keys=None if not slots else self._cut(slots, call),
+        )
+        factor = self._result_factor(call.layer) if any(s.needs_result_factor for s in statistics) else None
+        feature = slot = 0
+        for statistic in statistics:
+            wide = 0 if statistic.key_features is None else statistic.key_features.shape[-1]
+            many = 0 if statistic.query_keys is None else statistic.query_keys.shape[-1]
+            measured = Measured(
+                found,
+                request,
+                call,
+                _columns(found.features, feature, wide),
+                _columns(found.at_keys, slot, many),
+                factor,
+            )
+            feature, slot = feature + wide, slot + many
+            self.put_statistic(statistic.name, call.layer, statistic.read(measured))
+        assert found.output is not None
+        return found.output.to(call.q.dtype)
+
+    def _cut(self, parts: list[Tensor], call: AttentionCall) -> Tensor | None:
+        if not parts:
+            return None
+        return torch.cat([part[self.rows, : self.tokens] for part in parts], dim=-1).to(call.q.device)
+
+    def _result_factor(self, layer: int) -> Float[Tensor, "head dim dim"]:
+        """R of W_O^T = Q R per head: |z W_O| = |R z|, from d x d numbers instead of d x d_model."""
+        weight = output_weight(self.attachment.layers[layer], self.attachment.spec.layers[layer]).float()
+        return torch.linalg.qr(weight.transpose(1, 2), mode="r").R.transpose(1, 2)
+
+    def _pattern(self, call: AttentionCall) -> Tensor | None:
+        """The explicit pattern where it is captured or patched; returned only if it was changed."""
+        patches = self.plan.patches_at(call.layer, "pattern")
+        wanted = "pattern" in self.plan.captured(call.layer)
+        if not patches and not wanted:
+            return None
+        pattern = call.pattern()
+        for patch in patches:
+            rows = pattern.transpose(1, 2)
+            pattern = self._patched(rows, patch, value=patch.value.transpose(1, 2)).transpose(1, 2)
+        if wanted:
+            self.put_site("pattern", call.layer, pattern)
+        return pattern if patches else None
+
+    def _result(self, z: Float[Tensor, "batch head token dim"], layer: int) -> Tensor:
+        weight = output_weight(self.attachment.layers[layer], self.attachment.spec.layers[layer])
+        return torch.einsum("b h t d, h d m -> b t h m", z, weight.to(z.dtype))
+
+    def _patched(self, old: Tensor, patch: Patch, value: Tensor | None = None) -> Tensor:
+        """`old` `[prompt, token, (head,) ...]` with the patch's value in it."""
+        value = (patch.value if value is None else value).to(old)
+        if value.ndim == old.ndim and len(value) > 1:
+            value = value[self.rows, : old.shape[1]]
+        if patch.heads is not None:
+            value = torch.index_copy(
+                old, 2, torch.tensor(patch.heads, device=old.device), self._fit(value, old[:, :, list(patch.heads)], patch)
+            )
+        return masked(old, self._fit(value, old, patch), patch.positions, self.rows)
+
+    @staticmethod
+    def _fit(value: Tensor, like: Tensor, patch: Patch) -> Tensor:
+        try:
+            return value.expand_as(like)
+        except RuntimeError:
+            raise RequestError(
+                f"patch({patch.site!r}, layer={patch.layer}): a value of shape {tuple(patch.value.shape)} does not fit "
+                f"{tuple(like.shape)}."
+            ) from None
+
+    # --- residual stream -------------------------------------------------------------------------------------
+
+    def _hooks(self, layer: int) -> Iterator[Any]:
+        modules = self.attachment.layers[layer]
+        if self.plan.patches_at(layer, "result"):
+            yield modules.projection.register_forward_hook(self._on_result(layer))
+        if not self.plan.touches_residual(layer):
+            return
+        yield modules.block.register_forward_pre_hook(self._on_entry(layer), with_kwargs=True)
+        yield modules.attention_write.register_forward_hook(self._on_attention_out(layer))
+        if modules.mlp_write is not None:
+            yield modules.mlp_write.register_forward_hook(self._on_write(layer, "mlp_out"))
+        yield modules.block.register_forward_hook(self._on_write(layer, "resid_post"))
+
+    def _keep(self, site: Site, layer: int, value: Tensor) -> None:
+        if site in self.plan.captured(layer):
+            self.put_site(site, layer, value)
+
+    def _on_entry(self, layer: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            named = "hidden_states" in kwargs
+            value = kwargs["hidden_states"] if named else args[0]
+            for patch in self.plan.patches_at(layer, "resid_pre"):
+                value = self._patched(value, patch)
+            self._resid_pre[layer] = value
+            self._keep("resid_pre", layer, value)
+            return (args, kwargs | {"hidden_states": value}) if named else ((value, *args[1:]), kwargs)
+
+        return hook
+
+    def _on_attention_out(self, layer: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            entry = self._resid_pre.pop(layer)
+            value = written(output, entry)
+            for patch in self.plan.patches_at(layer, "attn_out"):
+                value = self._patched(value, patch)
+            # resid_mid has no module of its own: it is moved through what attention adds.
+            for patch in self.plan.patches_at(layer, "resid_mid"):
+                value = self._patched(value + entry, patch) - entry
+            self._keep("attn_out", layer, value)
+            self._keep("resid_mid", layer, value + entry)
+            return rewritten(output, value)
+
+        return hook
+
+    def _on_write(self, layer: int, site: Site) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            shape = (-1, self.tokens, self.attachment.spec.d_model)
+            first = output[0] if isinstance(output, tuple) else output
+            value = written(output, first.reshape(shape))
+            for patch in self.plan.patches_at(layer, site):
+                value = self._patched(value, patch)
+            self._keep(site, layer, value)
+            return rewritten(output, value)
+
+        return hook
+
+    def _on_result(self, layer: int) -> Callable[..., Any]:
+        """A patched `result` enters as its difference to z W_O, added to the projection's output."""
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            result = self._result(self._z.pop(layer), layer)
+            patched = result
+            for patch in self.plan.patches_at(layer, "result"):
+                patched = self._patched(patched, patch)
+            return output + (patched - result).sum(2).reshape(output.shape)
+
+        return hook
+
+
+def _columns(found: Tensor | None, first: int, count: int) -> Tensor | None:
+    return None if found is None or not count else found[..., first : first + count]
+
+
