@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from workbench.dynamics.handwritten import handwritten_induction
 from workbench.errors import MissingExtra, ModelRefused, RequestError, SourceError
-from workbench.models import smollm2
+from workbench.models import loading, smollm2
 from workbench.models.checkpoints import hash_files, hash_parameters
-from workbench.models.loading import Loaded, resolve
+from workbench.models.loading import Loaded, Source, resolve
 from workbench.models.testing import TINY
 
 IDS = torch.tensor([[1, 5, 9, 9, 30]])
@@ -73,6 +73,14 @@ def test_a_folder(folder: Path) -> None:
     assert source.weights_sha256 == hashlib.sha256(weights).hexdigest()
     assert (source.name, source.kind, source.path) == ("tiny-llama", "folder", str(folder))
     assert (source.revision, source.license) == (None, "mit")
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_what_sdpa_would_drop_is_loaded_without_it(tmp_path: Path, name: str) -> None:
+    TINY[name]().save_pretrained(tmp_path)
+    model = resolve(tmp_path, device="cpu").model
+    assert model.config._attn_implementation == "eager"
+    assert torch.equal(logits(model), logits(TINY[name]()))
 
 
 def test_a_folder_in_shards_is_named_by_all_of_them(folder: Path) -> None:
@@ -157,6 +165,19 @@ def test_what_is_no_model_folder_says_so(tmp_path: Path, folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(SourceError, match="holds an adapter"):
         resolve(folder)
+
+
+def test_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "Tiny.Q4_1.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(SourceError, match=r"The GGUF file .*Tiny\.Q4_1\.gguf cannot be read"):
+        resolve(file, device="cpu")
+    monkeypatch.setattr(loading, "load_gguf", lambda *_: (TINY["llama"](), tiny_tokenizer()))
+    model, tokenizer, source = resolve(str(file), device="cpu", dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
+    assert tokenizer is not None
+    assert source == Source("Tiny.Q4_1", "gguf", str(file), None, hashlib.sha256(b"GGUF").hexdigest(), None)
+    assert resolve(file, device="cpu").model.dtype == torch.float32
 
 
 def test_a_name_on_the_hub_that_is_cached(hub: str) -> None:

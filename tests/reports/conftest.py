@@ -179,7 +179,19 @@ def _scores(rng: np.random.Generator, grids: dict[str, np.ndarray[Any, Any]]) ->
                 strength = abs(value - null)
                 p = float(np.clip(np.exp(-strength * 60) * rng.random(), 0.0005, 1))
                 rows.append(
-                    ("synthetic/30x9", name, layer, head, value, value - half, value + half, 100, null, p, 0.0)
+                    (
+                        "synthetic/30x9",
+                        name,
+                        layer,
+                        head,
+                        value,
+                        value - half,
+                        value + half,
+                        100,
+                        null,
+                        p,
+                        0.0,
+                    )
                 )
     columns = "model detector layer head value low high n null p q".split()
     frame = pd.DataFrame(rows, columns=columns)
@@ -350,7 +362,9 @@ def make_run(tokens: list[str] | None = None, seed: int = 0) -> SyntheticRun:
         [(name, *row) for name, row in DETECTORS.items()], columns=["detector", *columns]
     )
     examples = [("needle", i, i, text) for i, text in enumerate(tokens)]
-    info = [("needle", "A code word, asked for later", "The last tokens copy the code word from the first line.")]
+    info = [
+        ("needle", "A code word, asked for later", "The last tokens copy the code word from the first line.")
+    ]
     return SyntheticRun(
         manifest=_manifest(),
         frames={

@@ -117,6 +117,13 @@ def test_an_added_chunk_is_noticed(run):
         Run.open(run)
 
 
+def test_a_renamed_chunk_is_noticed(run):
+    chunk = run / "arrays" / "patterns_sink.zarr" / "example" / "c" / "0"
+    chunk.rename(chunk.with_name("1"))
+    with pytest.raises(RunCorrupt, match="arrays/patterns_sink differs"):
+        Run.open(run)
+
+
 def test_damage_is_named_with_the_next_step(run):
     (run / "tables" / "head_scores.parquet").unlink()
     shutil.rmtree(run / "arrays" / "patterns_echo.zarr" / "pattern" / "c")

@@ -58,6 +58,23 @@ def test_special_columns(out):
     assert list(found.index) == [0, 1, 2]
 
 
+def test_a_file_depends_on_the_rows_alone(out):
+    frame = pd.DataFrame({"x": [1, 2, 3], "s": pd.Series(["a", "b", "c"], dtype=object)})
+    out.table("one", frame[1:])
+    out.table("two", pd.DataFrame({"x": [2, 3], "s": pd.Series(["b", "c"], dtype=object)}))
+    tables = out.finish().manifest["tables"]
+    assert tables["one"]["sha256"] == tables["two"]["sha256"]
+
+
+def test_a_folder_name_is_no_column(tmp_path):
+    frame = pd.DataFrame({"layer": [1, 2]})
+    with RunWriter.open(tmp_path / "layer=3" / "head=4", kind="heads", title="", fingerprint={}) as writer:
+        writer.table("t/0", frame)
+        writer.table("t/1", frame)
+        found = writer.finish().table("t")
+    assert found.to_dict("list") == {"layer": [1, 2, 1, 2]}
+
+
 @pytest.mark.parametrize(
     ("frame", "reason"),
     [
@@ -162,3 +179,11 @@ def test_numbers_are_read_when_used(out):
     found = out.finish().array("a")
     assert not found["v"]._in_memory
     assert found["v"].sum() == 6
+
+
+def test_an_encoding_from_elsewhere_does_not_round_numbers(out):
+    dataset = xr.Dataset({"v": ("x", np.array([0.123, 0.456]))})
+    dataset["v"].encoding = {"dtype": "int16", "scale_factor": 0.1, "_FillValue": -1}
+    out.array("a", dataset)
+    assert list(out.finish().array("a")["v"].values) == [0.123, 0.456]
+    assert dataset["v"].encoding["dtype"] == "int16"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -79,11 +80,12 @@ def test_an_exception_keeps_finished_steps_only(tmp_path):
     path = tmp_path / "run"
     interrupted(path)
     assert names(tmp_path) == [".run.partial"]
-    with begin(path) as out:
+    with RunWriter.open(path, kind="heads", title="a new title", fingerprint={"seed": 0}) as out:
         assert out.resumed
         assert (out.has("a"), out.has("b")) == (True, False)
         assert out.manifest["settings"] == {"seed": 0}
         run = out.finish()
+    assert run.title == "a new title"
     assert run.manifest["tables"]["scores"]["rows"] == 2
     assert names(tmp_path) == ["run"]
 
@@ -309,6 +311,27 @@ def test_the_lock_is_released_when_opening_fails(tmp_path):
             begin(tmp_path / "run", {"seed": 9})
 
 
+def test_a_lock_that_its_holder_removed_meanwhile_is_not_enough(tmp_path, monkeypatch):
+    file = tmp_path / ".run.lock"
+    flock, opened = fcntl.flock, []
+
+    def release_first(descriptor, operation):
+        if not opened:
+            # As if the holder had finished between our opening the file and locking it.
+            file.unlink()
+            opened.append(descriptor)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", release_first)
+    lock = Lock(file, tmp_path / "run")
+    assert file.exists()
+    with pytest.raises(RunLocked):
+        Lock(file, tmp_path / "run")
+    lock.release()
+    lock.release()
+    assert not file.exists()
+
+
 def test_only_one_of_many_holds_the_lock(tmp_path):
     inside, most, taken = 0, 0, 0
     guard = threading.Lock()
@@ -419,6 +442,40 @@ def test_a_full_disk_gives_a_run_error_and_keeps_the_steps(tmp_path, monkeypatch
         assert out.finish().table("scores").shape == FRAME.shape
 
 
+def test_a_step_that_could_not_be_noted_does_not_count(tmp_path, monkeypatch):
+    fsync, state = os.fsync, tmp_path / ".run.partial" / "state.jsonl"
+
+    def full(descriptor):
+        if os.fstat(descriptor).st_ino == state.stat().st_ino:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    with begin(tmp_path / "run") as out:
+        out.done("a")
+        before = state.read_bytes()
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(RunError, match="No space left on device"):
+            out.done("b")
+        monkeypatch.undo()
+        assert state.read_bytes() == before
+        assert not out.has("b")
+
+
+def test_files_of_no_step_are_cleared_away_on_resumption(tmp_path, job):
+    def reach(point):
+        if point == "written induction":
+            raise KeyboardInterrupt
+
+    with suppress(KeyboardInterrupt):
+        job.write(tmp_path / "run", reach)
+    parts = tmp_path / ".run.partial" / "parts"
+    kept = ["00000-detectors.parquet", "00001-head_scores.parquet", "00002-patterns_sink.zarr"]
+    left = ["00003-head_scores.parquet", "00004-patterns_induction.zarr"]
+    assert names(parts) == kept + left
+    with RunWriter.open(tmp_path / "run", kind="heads", title="T", fingerprint=job.FINGERPRINT):
+        assert names(parts) == kept
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"cannot write the run .*file/run"):
@@ -442,6 +499,8 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch, job)
 
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(Path, "rename", note_rename)
+    with begin(tmp_path / "another"):
+        assert {path.stat().st_ino for path in (tmp_path, tmp_path / ".another.partial")} <= synced
     run = job.write(tmp_path / "run")
     needed = {path.stat().st_ino for path in [run.path, *run.path.rglob("*")]}
     assert len(needed) > 10

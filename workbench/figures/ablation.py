@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from workbench.errors import RequestError
-from workbench.figures.text import interval, probability, safe, signed, with_caption
+from workbench.figures.text import interval, probability, readable, safe, signed, with_caption
 from workbench.figures.theme import Palette, palette, template
 from workbench.figures.verdict import verdict
 
@@ -108,7 +108,7 @@ def _panel(
 def _axis_title(row: pd.Series) -> str:
     unit = f" ({safe(row['unit'])})" if row.get("unit") else ""
     arrow = "← worse" if row.get("better") == "higher" else "worse →"
-    text = f"change in {safe(row['metric'])}{unit}"
+    text = f"change in {safe(readable(row['metric']))}{unit}"
     return f"{arrow}   {text}" if arrow.startswith("←") else f"{text}   {arrow}"
 
 
@@ -130,7 +130,9 @@ def _draws(points: pd.DataFrame, colours: Palette, legend: bool) -> go.Scatter:
         y=points["height"].to_numpy(),
         mode="markers",
         marker={"size": 5, "color": colours.control, "opacity": 0.75},
-        customdata=[[safe(heads), signed(e, 3)] for heads, e in zip(points["heads"], points["effect"], strict=True)],
+        customdata=[
+            [safe(heads), signed(e, 3)] for heads, e in zip(points["heads"], points["effect"], strict=True)
+        ],
         hovertemplate="matched random heads<br>%{customdata[0]}<br>effect %{customdata[1]}<extra></extra>",
         name="one random draw",
         legendgroup="draws",

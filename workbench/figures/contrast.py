@@ -48,8 +48,16 @@ def domain_scatter(
     figure.update_layout(
         height=440,
         margin={"l": 60, "r": 16, "t": 34, "b": 52},
-        xaxis={"title": {"text": f"{safe(statistic)} on {safe(domains[0])}"}, "range": reach, "fixedrange": True},
-        yaxis={"title": {"text": f"{safe(statistic)} on {safe(domains[1])}"}, "range": reach, "fixedrange": True},
+        xaxis={
+            "title": {"text": f"{safe(statistic)} on {safe(domains[0])}"},
+            "range": reach,
+            "fixedrange": True,
+        },
+        yaxis={
+            "title": {"text": f"{safe(statistic)} on {safe(domains[1])}"},
+            "range": reach,
+            "fixedrange": True,
+        },
     )
     counts = sorted({int(n) for n in contrast["n"].dropna()}) if "n" in contrast else []
     sizes = f" over {counts[0]} prompts of each kind" if len(counts) == 1 else ""
@@ -81,7 +89,10 @@ def _points(
     marked = sides is not None
     hover = [
         [row["name"]]
-        + [f"{number(row[s], 3)} ({interval(row[f'{s}_low'], row[f'{s}_high'], 3) or 'no interval'})" for s in "xy"]
+        + [
+            f"{number(row[s], 3)} ({interval(row[f'{s}_low'], row[f'{s}_high'], 3) or 'no interval'})"
+            for s in "xy"
+        ]
         for row in rows.to_dict("records")
     ]
     bars: dict[str, Any] = {}

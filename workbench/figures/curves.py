@@ -10,16 +10,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from workbench.errors import RequestError
-from workbench.figures.text import safe, statistic_label, with_caption
+from workbench.figures.text import safe, readable, with_caption
 from workbench.figures.theme import palette, template
 
+Array = np.ndarray[Any, Any]
 _LONG = 200
 _PANEL_PIXELS = 180
+_KEYS = ["detector", "layer", "head", "statistic"]
+# statistics in nats, positions or norms, which may stay below 1 as well
+_NO_SHARES = ("entropy", "lse", "distance", "norm")
+# a curve of fewer points has them marked
+_FEW = 24
+_MOST_NAMED = 8
 
 
 def position_curves(
@@ -49,7 +57,7 @@ def position_curves(
             col=1,
         )
     for index, names in enumerate(panels):
-        text = "share of attention" if index == 0 and fractions else safe(statistic_label(names[0]))
+        text = "share of attention" if index == 0 and fractions else safe(readable(names[0]))
         figure.update_yaxes(title={"text": text}, rangemode="tozero", nticks=5, row=index + 1, col=1)
     word = "query position (counted from 1)" if logarithmic else "query position"
     figure.update_xaxes(title={"text": word}, row=len(panels), col=1)
@@ -62,9 +70,6 @@ def position_curves(
         hovermode="x unified",
     )
     return with_caption(figure, caption or _caption(rows))
-
-
-_KEYS = ["detector", "layer", "head", "statistic"]
 
 
 def _chosen(curves: pd.DataFrame, heads: Sequence[tuple[int, int]] | None) -> pd.DataFrame:
@@ -84,7 +89,8 @@ def _panels(rows: pd.DataFrame) -> tuple[list[list[str]], bool]:
     shares: list[str] = []
     alone: list[list[str]] = []
     for name, part in rows.groupby("statistic", sort=False):
-        if part["value"].min() >= -1e-6 and part["value"].max() <= 1 + 1e-3:
+        named_otherwise = any(word in str(name) for word in _NO_SHARES)
+        if not named_otherwise and part["value"].min() >= -1e-6 and part["value"].max() <= 1 + 1e-3:
             shares.append(str(name))
         else:
             alone.append([str(name)])
@@ -97,23 +103,36 @@ def _name(rows: pd.DataFrame, key: tuple[Any, ...], labels: dict[str, str]) -> s
     parts = [f"L{layer}H{head}"] if len(rows.groupby(["layer", "head"])) > 1 else []
     several = rows.groupby("statistic")["detector"].nunique().max() > 1
     parts += [labels.get(str(detector), str(detector))] if several else []
-    return safe(" · ".join([*parts, statistic_label(str(statistic))]))
+    return safe(" · ".join([*parts, readable(statistic)]))
 
 
 def _line(curve: pd.DataFrame, name: str, colour: str, index: int, logarithmic: bool) -> go.Scatter:
     ordered = curve.sort_values("position")
+    positions, values = _broken(ordered["position"].to_numpy(float), ordered["value"].to_numpy(float))
     dashes = ("solid", "dash", "dot", "dashdot")
     return go.Scatter(
-        x=ordered["position"].to_numpy() + (1 if logarithmic else 0),
-        y=ordered["value"].to_numpy(),
-        mode="lines",
+        x=positions + (1 if logarithmic else 0),
+        y=values,
+        mode="lines+markers" if len(ordered) < _FEW else "lines",
+        marker={"size": 4},
         name=name,
         line={"width": 1.8, "color": colour, "dash": dashes[index % len(dashes)]},
         hovertemplate="%{y:.3f}",
     )
 
 
+def _broken(positions: Array, values: Array) -> tuple[Array, Array]:
+    """The curve with a gap where it skips positions, as the rows of a needle's answer do at each length."""
+    steps = np.diff(positions)
+    if len(steps) < 3:
+        return positions, values
+    before, after = np.r_[steps[1], steps[:-1]], np.r_[steps[1:], steps[-2]]
+    breaks = np.flatnonzero(steps > 4 * np.maximum(before, after)) + 1
+    return np.insert(positions, breaks, np.nan), np.insert(values, breaks, np.nan)
+
+
 def _caption(rows: pd.DataFrame) -> str:
-    heads = ", ".join(f"L{layer}H{head}" for layer, head in rows[["layer", "head"]].drop_duplicates().values)
-    names = ", ".join(statistic_label(str(name)) for name in dict.fromkeys(rows["statistic"]))
-    return f"{heads} over the query position: {names}; mean over the detector's prompts."
+    heads = [f"L{layer}H{head}" for layer, head in rows[["layer", "head"]].drop_duplicates().values]
+    named = ", ".join(heads) if len(heads) <= _MOST_NAMED else f"{len(heads)} heads"
+    names = ", ".join(readable(name) for name in dict.fromkeys(rows["statistic"]))
+    return f"{named} over the query position: {names}; mean over the detector's prompts."

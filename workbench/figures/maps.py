@@ -18,6 +18,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from workbench.errors import RequestError
+from workbench.figures.scales import Scale, scale_for, strength
 from workbench.figures.text import interval, number, probability, safe, with_caption
 from workbench.figures.theme import Palette, colour_bar, palette, template
 
@@ -40,12 +41,17 @@ def head_map(
     known = dict(info or {})
     rows = _rows_of(scores, detector)
     figure = go.Figure(layout={"template": template(dark)})
-    bounds = _add_map(figure, rows, known, palette(dark), "coloraxis", None)
-    bar = colour_bar(x=1.0, tickvals=bounds["ticks"], ticktext=bounds["labels"])
+    scale = _add_map(figure, rows, known, palette(dark), "coloraxis", None)
     axes = _axes(rows)
     figure.update_layout(
-        coloraxis={key: bounds[key] for key in ("cmin", "cmax", "colorscale")} | {"colorbar": bar},
-        title={"text": _title(detector, known), "y": 1.0, "yref": "container", "yanchor": "top", "pad": {"t": 6}},
+        coloraxis=scale.axis(colour_bar(x=1.0)),
+        title={
+            "text": _title(detector, known),
+            "y": 1.0,
+            "yref": "container",
+            "yanchor": "top",
+            "pad": {"t": 6},
+        },
         height=_height(rows),
         margin={"l": 40, "r": 64, "t": 36, "b": 40},
         xaxis=axes["x"],
@@ -80,19 +86,15 @@ def head_maps(
         horizontal_spacing=gap_x,
         vertical_spacing=gap_y,
     )
-    for number_, (name, row) in enumerate(known.items()):
+    for index, (name, row) in enumerate(known.items()):
         rows = _rows_of(scores, name)
-        cell = (number_ // columns + 1, number_ % columns + 1)
-        axis = f"coloraxis{number_ + 1 if number_ else ''}"
-        bounds = _add_map(figure, rows, row, palette(dark), axis, cell)
+        cell = (index // columns + 1, index % columns + 1)
+        axis = f"coloraxis{index + 1 if index else ''}"
+        scale = _add_map(figure, rows, row, palette(dark), axis, cell)
         axes = _axes(rows)
         figure.update_xaxes(axes["x"], row=cell[0], col=cell[1])
         figure.update_yaxes(axes["y"], row=cell[0], col=cell[1])
-        place = _bar_place(figure, number_)
-        bar = colour_bar(tickvals=bounds["ticks"], ticktext=bounds["labels"], **place)
-        figure.update_layout(
-            {axis: {key: bounds[key] for key in ("cmin", "cmax", "colorscale")} | {"colorbar": bar}}
-        )
+        figure.update_layout({axis: scale.axis(colour_bar(**_bar_place(figure, index)))})
     figure.update_annotations(font={"size": 13}, yshift=4)
     figure.update_layout(
         template=template(dark), height=height * lines, margin={"l": 44, "r": 70, "t": 44}, showlegend=False
@@ -113,7 +115,9 @@ def _rows_of(scores: pd.DataFrame, detector: str) -> pd.DataFrame:
     rows = scores[scores["detector"] == detector] if "detector" in scores else scores
     if rows.empty:
         present = sorted(map(str, scores["detector"].unique())) if "detector" in scores else []
-        raise RequestError(f"No scores of detector {detector!r}; the table has {', '.join(present) or 'none'}.")
+        raise RequestError(
+            f"No scores of detector {detector!r}; the table has {', '.join(present) or 'none'}."
+        )
     return rows
 
 
@@ -164,9 +168,10 @@ def _add_map(
     colours: Palette,
     axis: str,
     cell: tuple[int, int] | None,
-) -> dict[str, Any]:
-    """Adds the cells and the ring of the strongest head; returns the scale's bounds, colours and ticks."""
+) -> Scale:
+    """Adds the cells and the ring of the strongest head; returns the scale of the cells."""
     values, hover = _grid(rows)
+    scale = scale_for(values, info, colours)
     place = {} if cell is None else {"row": cell[0], "col": cell[1]}
     gap = 1 if max(values.shape) <= 48 else 0
     figure.add_trace(
@@ -176,7 +181,8 @@ def _add_map(
         **place,
     )
     if np.isfinite(values).any():
-        layer, head = np.unravel_index(int(np.nanargmax(values)), values.shape)
+        layer, head = np.unravel_index(int(np.nanargmax(strength(values, info.get("better")))), values.shape)
+        ring = scale.mark(float(values[layer, head]), colours)
         figure.add_trace(
             go.Scatter(
                 x=[int(head)],
@@ -185,54 +191,22 @@ def _add_map(
                 marker={
                     "symbol": "circle-open",
                     "size": 10,
-                    "color": colours.effect,
-                    "line": {"width": 1.8, "color": colours.effect},
+                    "color": ring,
+                    "line": {"width": 1.8, "color": ring},
                 },
                 hoverinfo="skip",
                 name="strongest",
             ),
             **place,
         )
-    return _bounds(values, info.get("threshold"), colours)
-
-
-def _bounds(values: np.ndarray[Any, Any], threshold: object, colours: Palette) -> dict[str, Any]:
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-    both_signs = low < -0.05 * max(high, 1e-9)
-    if both_signs:
-        reach = max(-low, high)
-        cmin, cmax, scale = -reach, reach, colours.diverging_scale()
-    else:
-        cmin, cmax, scale = 0.0, (high if high > 0 else 1.0), colours.scale()
-    ticks = _ticks(cmin, cmax)
-    labels = [number(tick, 2) for tick in ticks]
-    cut = float(threshold) if isinstance(threshold, (int, float)) else math.nan
-    if math.isfinite(cut) and cmin <= cut <= cmax:
-        apart = [(t, text) for t, text in zip(ticks, labels, strict=True) if abs(t - cut) > 0.06 * (cmax - cmin)]
-        ticks, labels = [t for t, _ in apart] + [cut], [text for _, text in apart] + [f"<b>◂ {number(cut)}</b>"]
-    elif math.isfinite(cut) and cut > cmax:
-        # no head reaches it: say so at the end of the scale
-        labels[-1] = f"{labels[-1]}<br><b>&lt; {number(cut)}</b>"
-    return {"cmin": cmin, "cmax": cmax, "colorscale": scale, "ticks": ticks, "labels": labels}
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Five round numbers or fewer from low to high, the ends included."""
-    step = (high - low) / 4
-    power = 10.0 ** math.floor(math.log10(step))
-    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= step)
-    inside = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    ends = [low, high] if low < 0 else [high]
-    kept = [t for t in inside if high - t > 0.4 * step and (low >= 0 or t - low > 0.4 * step)]
-    return sorted([float(np.round(t, 12)) for t in kept] + ends)
+    return scale
 
 
 def _axes(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
     layers, heads = int(rows["layer"].max()) + 1, int(rows["head"].max()) + 1
 
     def axis(name: str, count: int) -> dict[str, Any]:
-        step = next(s for s in (1, 2, 4, 5, 10, 20, 50) if count <= s * _MOST_LABELS)
+        step = next((s for s in (1, 2, 4, 5, 10, 20, 50) if count <= s * _MOST_LABELS), count)
         return {
             "title": {"text": name},
             "tickvals": list(range(0, count, step)),

@@ -60,7 +60,7 @@ def number(value: object, digits: int = 2, places: int | None = None) -> str:
 def signed(value: object, digits: int = 2) -> str:
     """A difference as text, always with its sign."""
     text = number(value, digits)
-    positive = isinstance(value, Real) and value > 0
+    positive = isinstance(value, Real) and float(value) > 0
     return f"+{text}" if positive else text
 
 
@@ -88,17 +88,33 @@ _STATISTICS = {
     "offset": "token at offset {}",
     "column_last": "column sum, last {} queries",
 }
-_PLAIN = {"first_1": "first token", "max_prob": "largest weight", "lse": "log-sum-exp", "offset_-1": "previous token"}
+_PLAIN = {
+    "first_1": "first token",
+    "offset_-1": "previous token",
+    "max_prob": "largest weight",
+    "lse": "log-sum-exp",
+    "needle_key": "needle token due",
+    "induction_key": "token after the earlier copy",
+    "duplicate_key": "earlier copy",
+    "echo_keys": "earlier copies",
+    "answer_log_prob": "answer log-probability",
+}
 
 
-def statistic_label(name: str) -> str:
-    """A statistic's name for readers: `first_4` as `first 4 tokens`; unknown names without their underscores."""
-    if name in _PLAIN:
-        return _PLAIN[name]
-    stem, _, tail = name.rpartition("_")
-    if stem in _STATISTICS and tail.lstrip("-").isdigit():
-        return _STATISTICS[stem].format(tail.replace("-", "−"))
-    return name.replace("_", " ")
+def readable(name: object) -> str:
+    """The name of a statistic or metric for readers: `first_1, code` as `first token, code`.
+
+    Names that are not known lose their underscores.
+    """
+    stem, comma, sample = str(name).partition(", ")
+    if comma:
+        return f"{readable(stem)}, {sample}"
+    if stem in _PLAIN:
+        return _PLAIN[stem]
+    kind, _, count = stem.rpartition("_")
+    if kind in _STATISTICS and count.lstrip("-").isdigit():
+        return _STATISTICS[kind].format(count.replace("-", "−"))
+    return stem.replace("_", " ")
 
 
 def with_caption(figure: Any, caption: str) -> Any:

@@ -42,10 +42,6 @@ class Palette:
         """The sequential scale as plotly wants it: `[[0.0, "#..."], ..., [1.0, "#..."]]`."""
         return _stops(self.sequential)
 
-    def diverging_scale(self) -> list[list[float | str]]:
-        """The scale for values of both signs; its middle is the colour of the page."""
-        return _stops(self.diverging)
-
 
 LIGHT = Palette(
     name="light",
@@ -138,7 +134,7 @@ def template(dark: bool = False) -> go.layout.Template:
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
             "colorway": list(colours.series),
-            "colorscale": {"sequential": colours.scale(), "diverging": colours.diverging_scale()},
+            "colorscale": {"sequential": colours.scale(), "diverging": _stops(colours.diverging)},
             "xaxis": axis,
             "yaxis": axis,
             "hoverlabel": _hover_label(colours),
@@ -157,7 +153,14 @@ def template(dark: bool = False) -> go.layout.Template:
 
 def colour_bar(**extra: object) -> dict[str, object]:
     """A slim colour bar without a frame; `extra` is merged in."""
-    bar: dict[str, object] = {"thickness": 9, "len": 1.0, "outlinewidth": 0, "ticks": "", "xpad": 8, "ypad": 0}
+    bar: dict[str, object] = {
+        "thickness": 9,
+        "len": 1.0,
+        "outlinewidth": 0,
+        "ticks": "",
+        "xpad": 8,
+        "ypad": 0,
+    }
     return bar | {"tickfont": {"size": 10}} | extra
 
 

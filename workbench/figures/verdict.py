@@ -34,7 +34,9 @@ def verdict(row: Mapping[str, Any]) -> Verdict:
     if any(map(math.isnan, control)):
         return Verdict("uncontrolled", "no control", "There were no matched random draws to compare with.")
     draws = row.get("draws")
-    drawn = f"{int(draws)} draws of matched random heads" if _is_number(draws) else "matched random heads"
+    drawn = "matched random heads"
+    if isinstance(draws, Real) and not math.isnan(draws):
+        drawn = f"{int(float(draws))} draws of matched random heads"
     span = f"the range of {drawn} ({interval(*control, 3)})"
     if control[0] <= effect <= control[1]:
         return Verdict(
@@ -47,12 +49,10 @@ def verdict(row: Mapping[str, Any]) -> Verdict:
     if low <= 0 <= high:
         return Verdict("unsure", "not settled", f"Outside {span}, but the effect's own interval covers zero.")
     if q >= SIGNIFICANT:
-        return Verdict("unsure", "not settled", f"Outside {span}, but q = {probability(q)} does not settle it.")
+        return Verdict(
+            "unsure", "not settled", f"Outside {span}, but q = {probability(q)} does not settle it."
+        )
     return Verdict("shown", "effect shown", f"Outside {span}: the metric depends on these heads.")
-
-
-def _is_number(value: object) -> bool:
-    return not math.isnan(_float(value))
 
 
 def _float(value: object) -> float:

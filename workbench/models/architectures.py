@@ -50,6 +50,9 @@ class Architecture:
     sinks: str | None = None
     rotary: bool = True
     parallel: str | None = None
+    # The implementation to load with, where the default one may drop a part of the attention: sdpa knows
+    # neither softcap nor sinks, and is Gemma 2's default in some versions all the same.
+    backend: str | None = None
     # The projection's weight is [in, out], as in GPT-2's Conv1D.
     transposed: bool = False
     # Paths above that some models of the type do without.
@@ -126,6 +129,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma2": Architecture(
         window="sliding_window",
         softcap="attn_logit_softcapping",
+        backend="eager",
         known=_GEMMA,
         refusals=(fields.LAYER_TYPES, fields.BIDIRECTIONAL),
         attention_write="post_attention_layernorm",
@@ -146,6 +150,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt_oss": Architecture(
         window="sliding_window",
         sinks="sinks",
+        backend="eager",
         known=_LLAMA | fields.EXPERTS | fields.LAYERED_WINDOW,
         refusals=(fields.LAYER_TYPES,),
     ),

@@ -94,7 +94,9 @@ class AttentionCall:
 
 Observer = Callable[[AttentionCall], Tensor]
 # Attention module -> the attachment that watches it (weakly, so that dropping a model frees it) and its layer.
-_WATCHED: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Attachment], int]] = weakref.WeakKeyDictionary()
+_WATCHED: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Attachment], int]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class Attachment:
@@ -186,9 +188,15 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls: `[B, H, Q, D]` in, `[B, Q, H, D]` out."""
     attachment, layer = _watcher(module)
-    unknown = [name for name, value in more.items() if name not in _NEUTRAL and value is not None and value is not False]
+    unknown = [
+        name
+        for name, value in more.items()
+        if name not in _NEUTRAL and value is not None and value is not False
+    ]
     if unknown:
-        raise ModelRefused(f"Layer {layer} passes {unknown[0]!r} to its attention, which we do not reproduce.")
+        raise ModelRefused(
+            f"Layer {layer} passes {unknown[0]!r} to its attention, which we do not reproduce."
+        )
     if dropout:
         raise RequestError("Attention dropout is on; call model.eval() before tracing.")
     if is_causal is False:
@@ -215,7 +223,9 @@ def _bounds(mask: Tensor | None, keys: int) -> tuple[Tensor | None, Tensor | Non
     if mask is None:
         return None, None
     if mask.ndim != 2 or mask.shape[1] != keys:
-        raise RequestError(f"An attention mask of shape {tuple(mask.shape)} for {keys} keys; pass [prompt, key].")
+        raise RequestError(
+            f"An attention mask of shape {tuple(mask.shape)} for {keys} keys; pass [prompt, key]."
+        )
     count = mask.sum(-1)
     start = mask.to(torch.uint8).argmax(-1)
     end = keys - mask.flip(-1).to(torch.uint8).argmax(-1)

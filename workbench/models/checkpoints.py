@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from workbench.errors import MissingExtra, SourceError
-from workbench.models.architectures import architecture_of
+from workbench.models.architectures import Architecture, architecture_of
 
 Progress = Callable[[str], None]
 
@@ -36,14 +37,16 @@ _TOKENIZER_FILES = (
     "spiece.model",
     "tokenizer_config.json",
 )
+# What the readers of files raise on damaged or foreign ones.
 _LOAD_ERRORS = (
     OSError,
     ValueError,
-    KeyError,
+    LookupError,
     RuntimeError,
     ImportError,
     SafetensorError,
     StrictDataclassError,
+    struct.error,
 )
 
 
@@ -77,7 +80,7 @@ def load_folder(
     folder: Path, *, dtype: torch.dtype | str, device: torch.device | str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Model and, if the folder has one, tokenizer of a checkpoint in the Hugging Face layout."""
-    _check_folder(folder)
+    row = _check_folder(folder)
     with quiet_transformers():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -87,6 +90,7 @@ def load_folder(
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
+                attn_implementation=row.backend,
             )
             tokenizer = load_tokenizer(folder)
         except _LOAD_ERRORS as error:
@@ -136,7 +140,6 @@ def load_gguf(
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **place)
         except _LOAD_ERRORS as error:
             raise SourceError(f"The GGUF file {file} cannot be read: {_first_line(error)}") from error
-        architecture_of(raw.config.model_type)
         return _without_quantisation(raw), cast(PreTrainedTokenizerBase, tokenizer)
 
 
@@ -145,7 +148,11 @@ def _without_quantisation(raw: PreTrainedModel) -> PreTrainedModel:
     values = {name: value for name, value in raw.config.to_dict().items() if name not in leftovers}
     config = type(raw.config).from_dict(values)
     clean: PreTrainedModel = type(raw).from_pretrained(
-        None, config=config, state_dict=raw.state_dict(), dtype=torch.float32
+        None,
+        config=config,
+        state_dict=raw.state_dict(),
+        dtype=torch.float32,
+        attn_implementation=architecture_of(raw.config.model_type).backend,
     )
     clean.generation_config = raw.generation_config
     return on_device(clean, "cpu")
@@ -154,16 +161,17 @@ def _without_quantisation(raw: PreTrainedModel) -> PreTrainedModel:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Without the progress bars of `transformers`, which would write over the caller's own display."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    bars: Any = transformers_logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            transformers_logging.enable_progress_bar()
+            bars.enable_progress_bar()
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path) -> Architecture:
     if not folder.is_dir():
         raise SourceError(f"There is no folder {folder}.")
     if (folder / "adapter_config.json").is_file():
@@ -177,9 +185,9 @@ def _check_folder(folder: Path) -> None:
             f"{folder} is no model folder: its config.json is missing or names no model_type. Give the "
             "folder that save_pretrained wrote, or a GGUF file."
         ) from error
-    architecture_of(str(model_type))
+    row = architecture_of(str(model_type))
     if any(folder.glob("*.safetensors")):
-        return
+        return row
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if pickles:
         raise SourceError(

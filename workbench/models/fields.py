@@ -16,17 +16,18 @@ from workbench.errors import ModelRefused
 
 Config = Mapping[str, Any]
 
-# Bookkeeping, token ids, training and generation leftovers: no effect on what a forward pass computes.
+# Bookkeeping, token ids, plans for many devices, training and generation leftovers: no effect on what one
+# forward pass computes.
 BOOKKEEPING = frozenset(
     """
     _attn_implementation_autoset _attn_implementation_internal _commit_hash _experts_implementation_internal
     _model_name_or_path _name_or_path _num_labels _output_attentions _post_init_done architectures auto_map
-    bos_token_id cache_implementation chunk_size_feed_forward dtype eos_token_id finetuning_task
-    gradient_checkpointing id2label initializer_range is_decoder is_encoder_decoder label2id model_type
-    name_or_path output_hidden_states pad_token_id prefix problem_type quantization_config return_dict
-    sep_token_id task_specific_params tie_word_embeddings tokenizer_class torch_dtype torchscript
-    transformers.js_config transformers_version unk_token_id unsloth_fixed unsloth_version use_bfloat16
-    use_cache vocab_size
+    base_model_ep_plan base_model_fsdp_plan base_model_pp_plan base_model_tp_plan bos_token_id
+    cache_implementation chunk_size_feed_forward dtype eos_token_id finetuning_task gradient_checkpointing
+    id2label initializer_range is_decoder is_encoder_decoder label2id model_type name_or_path
+    output_hidden_states pad_token_id prefix problem_type quantization_config return_dict sep_token_id
+    task_specific_params tie_word_embeddings tokenizer_class torch_dtype torchscript transformers.js_config
+    transformers_version unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache vocab_size
     """.split()
 )
 # Sizes, norms, activations and dropout rates (off in evaluation): the modules carry their effect.

@@ -11,6 +11,7 @@ import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -20,6 +21,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HFValidationError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -163,7 +165,7 @@ def _snapshot(name: str, revision: str | None, progress: Progress | None) -> Sou
     report(progress, f"fetching {name} from the hub, or from its cache")
     at = "" if revision is None else f" at revision {revision!r}"
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+        folder = _download(name, revision)
     except GatedRepoError as error:
         raise SourceError(
             f"{name} is gated: accept its licence on its page on the hub, then sign in with `hf auth login`."
@@ -182,6 +184,17 @@ def _snapshot(name: str, revision: str | None, progress: Progress | None) -> Sou
         ) from error
     path = Path(folder)
     return _folder_source(path, "hub", name, path.name)
+
+
+def _download(name: str, revision: str | None) -> str:
+    fetch = partial(
+        snapshot_download, name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+    )
+    try:
+        return fetch()
+    except OfflineModeIsEnabled:
+        # Some versions look up a commit on the hub even when it is cached.
+        return fetch(local_files_only=True)
 
 
 def _is_hub_name(x: str | Path) -> bool:

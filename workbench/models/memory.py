@@ -131,7 +131,9 @@ def measure_body(attachment: Attachment) -> BodyCost:
     """Run two short prompts and fit what the model's own layers hold per token."""
     longest = attachment.spec.max_positions or PROBE_TOKENS[1]
     counts = [min(tokens, max(2, longest // (2 - i))) for i, tokens in enumerate(PROBE_TOKENS)]
-    (few, (peak_few, entry_few)), (many, (peak_many, entry_many)) = ((n, _probe(attachment, n)) for n in counts)
+    (few, (peak_few, entry_few)), (many, (peak_many, entry_many)) = (
+        (n, _probe(attachment, n)) for n in counts
+    )
     step = max(1, many - few)
     slope, entry_slope = (peak_many - peak_few) / step, (entry_many - entry_few) / step
     return BodyCost(peak_few - slope * few, slope, entry_few - entry_slope * few, entry_slope)

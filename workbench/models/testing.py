@@ -12,7 +12,10 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from workbench.models.architectures import ARCHITECTURES
 
 VOCAB_SIZE = 101
 MAX_POSITIONS = 320
@@ -47,13 +50,14 @@ def build(model_type: str, seed: int = 0, **config: Any) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config_class: Any = CONFIG_MAPPING[model_type]
-        model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config_class(**_COMMON | config)))
+        factory: Any = AutoModelForCausalLM
+        backend = ARCHITECTURES[model_type].backend if model_type in ARCHITECTURES else None
+        model: nn.Module = factory.from_config(config_class(**_COMMON | config), attn_implementation=backend)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 spread = 1.0 if name.endswith("sinks") else 0.2 if parameter.ndim > 1 else 0.1
                 parameter.add_(torch.randn_like(parameter), alpha=spread)
-    model.eval()
-    return model
+    return cast(PreTrainedModel, model.eval())
 
 
 TINY: dict[str, Callable[[], PreTrainedModel]] = {

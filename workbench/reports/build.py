@@ -14,7 +14,7 @@ from workbench.reports.catalogue import Catalogue, catalogue
 from workbench.reports.charts import charts
 from workbench.reports.examples import Pattern, patterns, reach
 from workbench.reports.facts import checks, duration, model_facts, moment, run_facts, steps
-from workbench.reports.findings import findings, summary, switching_heads, verification_rows
+from workbench.reports.findings import findings, probes, summary, switching_heads, verification_rows
 from workbench.reports.payload import size_of
 from workbench.reports.source import RunLike
 from workbench.reports.table import head_table
@@ -63,8 +63,10 @@ class Content:
         figures = self.figure_ids(omit)
         return {
             "palettes": {palette.name: _for_scripts(palette) for palette in (LIGHT, DARK)},
-            "templates": {p.name: template(p is DARK).to_plotly_json() for p in (LIGHT, DARK)} if figures else {},
-            "figures": {name: {k: pair[k] for k in ("figure", "dark")} for name, pair in figures.items()},
+            "templates": {p.name: template(p is DARK).to_plotly_json() for p in (LIGHT, DARK)}
+            if figures
+            else {},
+            "figures": figures,
             "table": self.slim_table if "details" in omit else self.table,
             "tokens": {p.example: list(p.tokens) for p in views},
             "patterns": {p.key: p.payload() for p in views},
@@ -89,6 +91,7 @@ def build(run: RunLike) -> Content:
         "summary": summary(run, known, leading),
         "findings": leading,
         "verification": verification,
+        "probes": probes(run),
         "switching": switching_heads(run),
         "model": run.manifest.get("model", {}),
         "checks": checks(run),

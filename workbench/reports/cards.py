@@ -1,8 +1,10 @@
-"""Cards of the heads that stand out: every score with interval, null and rank, drawn on a track of percentages."""
+"""Cards of the heads that stand out: every score with interval, null and rank, as places on a track."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import pandas as pd
@@ -13,11 +15,13 @@ from workbench.reports.examples import Pattern
 from workbench.reports.source import RunLike, frame, head_name
 
 MOST_CARDS = 12
+MOST_CURVES = 4
+_EXTREME = {"higher": "highest", "lower": "lowest", "either": "largest"}
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One score of a head: texts, and places on the track in percent of the detector's range over all heads."""
+    """One score of a head: texts, and places on the track in percent of the range over all heads."""
 
     detector: DetectorInfo
     value: str
@@ -27,7 +31,7 @@ class Bar:
     rank: int
     heads: int
     passes: bool
-    at: float
+    at: float | None
     low: float | None
     high: float | None
     null_at: float | None
@@ -36,7 +40,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Card:
-    """One head with its evidence."""
+    """One head with its evidence; `shown` names the detectors whose curves belong on it."""
 
     head: str
     layer: int
@@ -45,6 +49,7 @@ class Card:
     bars: tuple[Bar, ...]
     patterns: tuple[Pattern, ...]
     curve: str | None
+    shown: tuple[str, ...]
 
 
 def cards(run: RunLike, known: Catalogue, found: list[Pattern]) -> list[Card]:
@@ -53,54 +58,68 @@ def cards(run: RunLike, known: Catalogue, found: list[Pattern]) -> list[Card]:
     if scores is None:
         return []
     curves = frame(run, "position_curves")
-    curved = set() if curves is None else set(zip(curves["layer"], curves["head"], strict=True))
-    chosen = _chosen(scores, known, found, curved)
-    ranges = {d.name: _range(scores[scores["detector"] == d.name], d) for d in known}
-    ranked = scores.assign(
-        rank=scores.groupby("detector")["value"].rank(ascending=False, method="min").fillna(0).astype(int)
-    )
+    curved = set() if curves is None else {(int(a), int(b)) for a, b in curves[["layer", "head"]].to_numpy()}
+    ranked = _ranked(scores, known)
+    ranges = {name: _range(rows, known.get(name)) for name, rows in ranked.groupby("detector")}
     result = []
-    for layer, head in chosen:
+    for layer, head in _chosen(ranked, known, found, curved):
         rows = ranked[(ranked["layer"] == layer) & (ranked["head"] == head)].set_index("detector")
-        bars = tuple(_bar(rows.loc[d.name].to_dict(), d, *ranges[d.name]) for d in known if d.name in rows.index)
+        bars = tuple(
+            _bar(rows.loc[d.name].to_dict(), d, *ranges[d.name]) for d in known if d.name in rows.index
+        )
+        named = sorted((bar for bar in bars if bar.passes or bar.rank == 1), key=lambda bar: bar.rank)
         name = head_name(layer, head)
         result.append(
             Card(
                 head=name,
                 layer=layer,
                 index=head,
-                roles=_roles(bars),
+                roles=tuple(_role(bar) for bar in named),
                 bars=bars,
                 patterns=tuple(p for p in found if p.head == name),
                 curve=f"curve-{name}" if (layer, head) in curved else None,
+                shown=tuple(bar.detector.name for bar in named),
             )
         )
     # cards with curves or patterns take the whole width; the short ones follow side by side
     return sorted(result, key=lambda card: not (card.curve or card.patterns))
 
 
+def _ranked(scores: pd.DataFrame, known: Catalogue) -> pd.DataFrame:
+    """The scores that have a value, with each head's rank among the heads of its detector."""
+    rows = scores[scores["value"].notna()]
+    parts = [
+        part.assign(strength=known.get(str(name)).strength(part["value"].to_numpy(float)))
+        for name, part in rows.groupby("detector")
+    ]
+    joined = pd.concat(parts) if parts else rows.assign(strength=0.0)
+    ranks = joined.groupby("detector")["strength"].rank(ascending=False, method="min")
+    return joined.assign(rank=ranks.astype(int))
+
+
 def _chosen(
-    scores: pd.DataFrame, known: Catalogue, found: list[Pattern], curved: set[tuple[int, int]]
+    ranked: pd.DataFrame, known: Catalogue, found: list[Pattern], curved: set[tuple[int, int]]
 ) -> list[tuple[int, int]]:
     leading = known.leading()
     order = leading + [d for d in known if d not in leading]
-    firsts = [_top(scores, d, 1) for d in order]
-    seconds = [_top(scores, d, 2)[1:] for d in leading]
-    wanted = [pair for group in firsts for pair in group]
+    wanted = [pair for detector in order for pair in _top(ranked, detector, 1)]
     wanted += [(p.layer, p.index) for p in found]
-    wanted += [pair for group in seconds for pair in group]
-    wanted += sorted((int(layer), int(head)) for layer, head in curved)
+    wanted += [pair for detector in leading for pair in _top(ranked, detector, 2)[1:]]
+    # a table of curves for all heads says nothing about which stand out
+    wanted += sorted(curved) if len(curved) <= MOST_CARDS else []
     return list(dict.fromkeys(wanted))[:MOST_CARDS]
 
 
-def _top(scores: pd.DataFrame, detector: DetectorInfo, count: int) -> list[tuple[int, int]]:
-    rows = scores[scores["detector"] == detector.name].nlargest(count, "value")
+def _top(ranked: pd.DataFrame, detector: DetectorInfo, count: int) -> list[tuple[int, int]]:
+    rows = ranked[ranked["detector"] == detector.name].nlargest(count, "strength")
     return [(int(layer), int(head)) for layer, head in zip(rows["layer"], rows["head"], strict=True)]
 
 
 def _range(rows: pd.DataFrame, detector: DetectorInfo) -> tuple[float, float, int]:
-    low = min(0.0, float(rows[["value", "low"]].min().min()))
-    high = max(float(rows[["value", "high"]].max().max()), detector.threshold if detector.has_threshold else 0.0)
+    numbers = rows[["value", "low", "high"]].to_numpy(float).ravel()
+    marks = [detector.threshold] if detector.has_threshold else []
+    marks += [float(n) for n in (*numbers, *rows["null"].to_numpy(float)) if math.isfinite(n)]
+    low, high = min(0.0, *marks), max(0.0, *marks)
     return low, high if high > low else low + 1.0, len(rows)
 
 
@@ -108,8 +127,9 @@ def _bar(row: dict[str, Any], detector: DetectorInfo, low: float, high: float, h
     places = decimals(low, high)
 
     def place(value: Any) -> float | None:
-        known = value is not None and value == value
-        return round(min(max((float(value) - low) / (high - low), 0.0), 1.0) * 100, 2) if known else None
+        if not isinstance(value, Real) or math.isnan(value):
+            return None
+        return round(min(max((float(value) - low) / (high - low), 0.0), 1.0) * 100, 2)
 
     return Bar(
         detector=detector,
@@ -119,16 +139,15 @@ def _bar(row: dict[str, Any], detector: DetectorInfo, low: float, high: float, h
         q=probability(row["q"]),
         rank=int(row["rank"]),
         heads=heads,
-        passes=detector.has_threshold and bool(row["value"] >= detector.threshold),
-        at=place(row["value"]) or 0.0,
+        passes=detector.has_threshold and bool(detector.passes(float(row["value"]))),
+        at=place(row["value"]),
         low=place(row["low"]),
         high=place(row["high"]),
         null_at=place(row["null"]),
-        threshold_at=place(detector.threshold) if detector.has_threshold else None,
+        threshold_at=place(detector.threshold),
     )
 
 
-def _roles(bars: tuple[Bar, ...]) -> tuple[str, ...]:
-    """What to call the head: detectors whose threshold it passes, else those it leads."""
-    passing = tuple(b.detector.title for b in bars if b.passes)
-    return passing or tuple(f"{b.detector.title}, rank 1" for b in bars if b.rank == 1)
+def _role(bar: Bar) -> str:
+    """What to call a head that passes a detector's threshold, or leads it without."""
+    return bar.detector.title if bar.passes else f"{bar.detector.title}, {_EXTREME[bar.detector.better]}"

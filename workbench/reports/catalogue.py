@@ -10,15 +10,11 @@ from typing import Any
 
 import pandas as pd
 
+from workbench.figures.scales import strength
 from workbench.reports.source import RunLike, frame
 
-# the roles that a summary names first, and the words by which their detectors are known
-_ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("sink", ("sink",)),
-    ("previous-token", ("previous",)),
-    ("induction", ("induction",)),
-    ("retrieval", ("retriev", "needle", "copy")),
-)
+# sink, previous token, induction, retrieval: the words by which the detectors named first are known
+_ROLES = (("sink",), ("previous",), ("induction",), ("retriev", "needle", "copy"))
 
 
 @dataclass(frozen=True)
@@ -34,23 +30,36 @@ class DetectorInfo:
     url: str
     caption: str
     positions: str
+    better: str = "higher"
+    null: str = ""
+    note: str = ""
 
     @property
     def has_threshold(self) -> bool:
         return math.isfinite(self.threshold)
 
+    def strength(self, values: Any) -> Any:
+        """Values turned so that the strongest head has the largest."""
+        return strength(values, self.better)
+
+    def passes(self, values: Any) -> Any:
+        """Whether values reach the threshold; none does where there is no threshold."""
+        bar = -self.threshold if self.better == "lower" else self.threshold
+        return self.strength(values) >= bar
+
     def as_row(self) -> dict[str, Any]:
         """The form that `workbench.figures` takes."""
         return {"detector": self.name} | {
-            key: getattr(self, key) for key in ("title", "unit", "threshold", "caption", "measures")
+            key: getattr(self, key) for key in ("title", "unit", "threshold", "caption", "measures", "better")
         }
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """All detectors that have scores in the run."""
+    """All detectors that have rows in the score table; `silent` are those without any value."""
 
     detectors: tuple[DetectorInfo, ...]
+    silent: frozenset[str] = frozenset()
 
     def __iter__(self) -> Iterator[DetectorInfo]:
         return iter(self.detectors)
@@ -68,11 +77,12 @@ class Catalogue:
     def leading(self) -> list[DetectorInfo]:
         """The detectors a summary speaks of: sink, previous token, induction, retrieval; else the first four."""
         found: list[DetectorInfo] = []
-        for _, words in _ROLES:
-            match = next((d for d in self.detectors if any(w in d.name.lower() for w in words)), None)
+        speaking = [d for d in self.detectors if d.name not in self.silent]
+        for words in _ROLES:
+            match = next((d for d in speaking if any(w in d.name.lower() for w in words)), None)
             if match is not None and match not in found:
                 found.append(match)
-        return found or list(self.detectors[:4])
+        return found or speaking[:4]
 
 
 def catalogue(run: RunLike) -> Catalogue:
@@ -81,18 +91,26 @@ def catalogue(run: RunLike) -> Catalogue:
     scored = [str(name) for name in dict.fromkeys(scores["detector"])] if scores is not None else []
     table = frame(run, "detectors")
     described = {} if table is None else {str(r["detector"]): _info(r) for r in table.to_dict("records")}
-    names = [name for name in described if name in scored] + [name for name in scored if name not in described]
-    return Catalogue(tuple(described.get(name) or _bare(name) for name in names))
+    names = [name for name in described if name in scored] + [
+        name for name in scored if name not in described
+    ]
+    values = {} if scores is None else scores.groupby("detector")["value"].count().to_dict()
+    silent = frozenset(name for name in names if not values.get(name))
+    return Catalogue(tuple(described.get(name) or _bare(name) for name in names), silent)
 
 
 def _info(row: dict[str, Any]) -> DetectorInfo:
     name = str(row["detector"])
-    texts = {key: _text(row.get(key)) for key in ("measures", "unit", "paper", "caption", "positions")}
+    texts = {
+        key: _text(row.get(key))
+        for key in ("measures", "unit", "paper", "caption", "positions", "null", "note")
+    }
     threshold, url = row.get("threshold"), _text(row.get("url"))
     return DetectorInfo(
         name=name,
         title=_text(row.get("title")) or _bare(name).title,
         threshold=float(threshold) if isinstance(threshold, Real) else math.nan,
+        better=_text(row.get("better")) or "higher",
         url=url if url.startswith(("https://", "http://")) else "",
         **texts,
     )
@@ -104,8 +122,3 @@ def _bare(name: str) -> DetectorInfo:
 
 def _text(value: object) -> str:
     return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
-
-
-def label_of(row: pd.Series | dict[str, Any], known: Catalogue) -> str:
-    """`Induction, top 4` for a row of the verification table."""
-    return f"{known.get(str(row['detector'])).title}, top {int(row['k'])}"

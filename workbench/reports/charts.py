@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from workbench.figures import ablation_chart, domain_scatter, head_map, pattern_map, position_curves
-from workbench.reports.cards import Card
+from workbench.reports.cards import MOST_CURVES, Card
 from workbench.reports.catalogue import Catalogue
 from workbench.reports.examples import Pattern
 from workbench.reports.payload import figure_pair
@@ -37,6 +37,8 @@ def _plans(
     scores, titles = frame(run, "head_scores"), known.titles()
     if scores is not None:
         for index, detector in enumerate(known):
+            if detector.name in known.silent:
+                continue
             yield "maps", f"map-{index}", partial(_map, scores, detector.name, detector.as_row())
     curves = frame(run, "position_curves")
     if curves is not None:
@@ -59,7 +61,11 @@ def _map(scores: pd.DataFrame, detector: str, info: dict[str, Any], dark: bool) 
 
 
 def _curve(curves: pd.DataFrame, card: Card, titles: dict[str, str], dark: bool) -> Any:
-    return position_curves(curves, [(card.layer, card.index)], labels=titles, dark=dark)
+    own = curves[(curves["layer"] == card.layer) & (curves["head"] == card.index)]
+    # those of the detectors that name the head; several detectors may have the same statistic
+    told = own[own["detector"].isin(card.shown[:MOST_CURVES])]
+    rows = (told if len(told) else own).drop_duplicates(["statistic", "position"])
+    return position_curves(rows, labels=titles, dark=dark)
 
 
 def _contrast(contrast: pd.DataFrame, dark: bool) -> Any:

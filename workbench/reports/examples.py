@@ -59,7 +59,17 @@ def patterns(run: RunLike) -> list[Pattern]:
         values = np.nan_to_num(stack[index, : len(texts), : len(texts)])
         key = f"p{index}"
         found.append(
-            Pattern(key, head_name(layer, head), int(layer), int(head), str(example), title, caption, texts, values)
+            Pattern(
+                key,
+                head_name(layer, head),
+                int(layer),
+                int(head),
+                str(example),
+                title,
+                caption,
+                texts,
+                values,
+            )
         )
     return found
 
@@ -78,7 +88,7 @@ def telling_query(values: np.ndarray[Any, Any]) -> int:
         return count - 1
     others = np.tril(values, k=-1)[:, 1:]
     best = others.max(axis=1)
-    return int(np.flatnonzero(best >= 0.9 * best.max())[-1])
+    return max(query for query in range(count) if best[query] >= 0.9 * best.max())
 
 
 def reach(values: np.ndarray[Any, Any]) -> float:

@@ -47,7 +47,8 @@ def _check(row: Mapping[str, Any]) -> Check:
 def _scientific(value: object) -> str:
     if not isinstance(value, Real):
         return "–" if value is None else str(value)
-    return "0" if value == 0 else f"{float(value):.1e}".replace("-", "−") if abs(float(value)) < 0.01 else number(value)
+    plain = float(value)
+    return f"{plain:.1e}".replace("-", "−") if 0 < abs(plain) < 0.01 else number(plain)
 
 
 def _margin(measured: object, tolerance: object) -> str:
@@ -101,7 +102,9 @@ def steps(run: RunLike) -> list[tuple[str, str, float]]:
     """(step, seconds as text, share of the longest step in percent)."""
     seconds = {str(k): float(v) for k, v in run.manifest.get("seconds", {}).items() if isinstance(v, Real)}
     longest = max(seconds.values(), default=0.0) or 1.0
-    return [(name, f"{number(value, 1)} s", round(100 * value / longest, 1)) for name, value in seconds.items()]
+    return [
+        (name, f"{number(value, 1)} s", round(100 * value / longest, 1)) for name, value in seconds.items()
+    ]
 
 
 def duration(run: RunLike) -> str:
@@ -123,7 +126,7 @@ def moment(text: object) -> str:
 
 
 def _count(value: object) -> str | None:
-    return f"{int(value):,}" if isinstance(value, Real) else None
+    return f"{float(value):,.0f}" if isinstance(value, Real) else None
 
 
 def _pairs(mapping: Mapping[str, Any]) -> str:

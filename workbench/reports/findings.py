@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from workbench.figures.text import interval, number, probability, signed
+from workbench.figures.text import interval, number, probability, readable, signed
 from workbench.figures.verdict import Verdict, verdict
 from workbench.reports.catalogue import Catalogue, DetectorInfo
 from workbench.reports.source import RunLike, frame, head_name
@@ -38,6 +39,7 @@ class Finding:
     low: float
     high: float
     null: float
+    equals: int
     passing: int | None
     heads: int
     causal: Causal | None
@@ -65,38 +67,44 @@ def findings(run: RunLike, known: Catalogue) -> list[Finding]:
 
 
 def _finding(scores: pd.DataFrame, verification: pd.DataFrame | None, detector: DetectorInfo) -> Finding:
-    rows = scores[scores["detector"] == detector.name]
-    best: dict[str, Any] = rows.loc[rows["value"].idxmax()].to_dict()
-    passing = int((rows["value"] >= detector.threshold).sum()) if detector.has_threshold else None
+    rows = scores[(scores["detector"] == detector.name) & scores["value"].notna()]
+    strength = detector.strength(rows["value"].to_numpy(float))
+    best: dict[str, Any] = rows.iloc[int(np.argmax(strength))].to_dict()
+    passing = detector.passes(rows["value"].to_numpy(float)).sum() if detector.has_threshold else None
     return Finding(
         detector,
-        head_name(best["layer"], best["head"]),
-        *(float(best[key]) for key in ("value", "low", "high", "null")),
-        passing=passing,
+        head=head_name(best["layer"], best["head"]),
+        value=float(best["value"]),
+        low=float(best["low"]),
+        high=float(best["high"]),
+        null=float(best["null"]),
+        equals=int((strength == strength.max()).sum()) - 1,
+        passing=None if passing is None else int(passing),
         heads=len(rows),
         causal=_causal(verification, detector.name),
     )
 
 
 def _causal(verification: pd.DataFrame | None, detector: str) -> Causal | None:
-    """The strongest evidence: the ablation with the smallest p, of several the one of most heads."""
+    """The detector's first metric with most heads ablated: chosen by place in the table, not by outcome."""
     if verification is None:
         return None
     rows = verification[verification["detector"] == detector]
     if rows.empty:
         return None
-    return causal(rows.sort_values(["p", "k"], ascending=[True, False]).iloc[0].to_dict())
+    first = rows[rows["metric"] == rows.iloc[0]["metric"]]
+    return causal(first.sort_values("k", ascending=False, kind="stable").iloc[0].to_dict())
 
 
 def causal(row: dict[str, Any]) -> Causal:
     """An ablation in a sentence, its control in another, and the verdict."""
     count = int(row["k"])
     heads = "the top head" if count == 1 else f"the top {count} heads"
-    unit = f" {row['unit']}" if row.get("unit") else ""
-    metric = f"{row['metric']} from {number(row['baseline'])} to {number(row['ablated'])}"
+    unit = f" {row['unit']}" if str(row.get("unit", "")).startswith(_SPOKEN_UNITS) else ""
+    metric = f"{readable(row['metric'])} from {number(row['baseline'])} to {number(row['ablated'])}"
     spread = interval(row["control_low"], row["control_high"])
     return Causal(
-        brief=f"without its top {f'{count} heads' if count > 1 else 'head'}, {row['metric']} goes from "
+        brief=f"without its top {f'{count} heads' if count > 1 else 'head'}, {readable(row['metric'])} goes from "
         f"{number(row['baseline'])} to {number(row['ablated'])}{unit} "
         f"(matched random heads: {signed(row['control_effect'])})",
         text=f"Ablating {heads} takes {metric}: {signed(row['effect'])}{unit} "
@@ -104,6 +112,10 @@ def causal(row: dict[str, Any]) -> Causal:
         control=f"Random heads: {signed(row['control_effect'])}" + (f" ({spread})." if spread else "."),
         verdict=verdict(row),
     )
+
+
+# shares and recalls read better without their unit
+_SPOKEN_UNITS = ("nats", "bits")
 
 
 def summary(run: RunLike, known: Catalogue, found: list[Finding]) -> Markup:
@@ -120,7 +132,9 @@ def _opening(model: dict[str, Any], detectors: int) -> Markup:
     shape = f" ({layers} layers of {heads} heads)" if layers and heads else ""
     name = model.get("name") or "The model"
     if not detectors:
-        return Markup("<strong>{}</strong>{} was read; no head has been scored in this run.").format(name, shape)
+        return Markup("<strong>{}</strong>{} was read; no head has been scored in this run.").format(
+            name, shape
+        )
     read = "one detector" if detectors == 1 else f"{detectors} detectors"
     return Markup("All heads of <strong>{}</strong>{} were scored by {}.").format(name, shape, read)
 
@@ -129,8 +143,12 @@ def _leading(finding: Finding) -> Markup:
     text = Markup('{} is strongest in <a class="head" href="#{}">{}</a> ({}').format(
         finding.detector.title, finding.head, finding.head, finding.value_text
     )
+    if finding.equals:
+        text += Markup(", as {} other {}").format(finding.equals, "head" if finding.equals == 1 else "heads")
     if finding.passing is not None:
-        count = "no head passes" if finding.passing == 0 else f"{finding.passing} of {finding.heads} heads pass"
+        count = (
+            "no head reaches" if finding.passing == 0 else f"{finding.passing} of {finding.heads} heads reach"
+        )
         text += Markup("; {} {}").format(count, number(finding.detector.threshold))
     text += Markup(")")
     tested = finding.causal
@@ -151,7 +169,9 @@ _NOT_SHOWN = {
 
 def _balance(verification: pd.DataFrame | None) -> list[Markup]:
     if verification is None:
-        return [Markup("No ablation has been run, so these scores say what heads attend to, not what they do.")]
+        return [
+            Markup("No ablation has been run, so these scores say what heads attend to, not what they do.")
+        ]
     kinds = [verdict(row).kind for row in verification.to_dict("records")]
     shown, inside = kinds.count("shown"), kinds.count("inside")
     text = f"Of {len(kinds)} ablations in all, {shown} went beyond matched random heads"
@@ -174,7 +194,7 @@ def _verification_row(row: dict[str, Any], known: Catalogue) -> dict[str, Any]:
         "k": int(row["k"]),
         "heads": str(row["heads"]).split(),
         "how": row["how"],
-        "metric": row["metric"],
+        "metric": readable(row["metric"]),
         "unit": row["unit"],
         "better": row["better"],
         "baseline": number(row["baseline"], 3),
@@ -189,6 +209,18 @@ def _verification_row(row: dict[str, Any], known: Catalogue) -> dict[str, Any]:
         "n": number(row["n"], 0),
         "verdict": verdict(row),
     }
+
+
+def probes(run: RunLike) -> list[tuple[str, str]]:
+    """(metrics, what they were measured on) for each kind of prompts in the ablation table, where recorded."""
+    table = frame(run, "verification")
+    if table is None or "caption" not in table:
+        return []
+    spoken = table[table["caption"].notna()]
+    return [
+        (", ".join(dict.fromkeys(map(readable, rows["metric"]))), str(caption))
+        for caption, rows in spoken.groupby("caption", sort=False)
+    ]
 
 
 def switching_heads(run: RunLike, count: int = 10) -> list[dict[str, str]]:

@@ -32,6 +32,7 @@ def head_table(run: RunLike, known: Catalogue, *, details: bool = True) -> dict[
                 "title": detector.title,
                 "unit": detector.unit,
                 "threshold": detector.threshold,
+                "better": detector.better,
                 **{name: rows[name].astype(float).round(_DIGITS).tolist() for name in names},
             }
         )

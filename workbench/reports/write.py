@@ -40,7 +40,9 @@ def write_report(
     """
     target = Path(path)
     if target.is_dir():
-        raise RequestError(f"{target} is a folder; name the HTML file to write, e.g. {target / 'report.html'}.")
+        raise RequestError(
+            f"{target} is a folder; name the HTML file to write, e.g. {target / 'report.html'}."
+        )
     page = render(run, gallery=gallery, budget_bytes=budget_bytes).encode()
     target.parent.mkdir(parents=True, exist_ok=True)
     _replace(target, page)
@@ -76,22 +78,26 @@ def _over(page: str, budget: int) -> bool:
 def _page(content: Content, omit: frozenset[str], pack: bool) -> str:
     figures = content.figure_ids(omit)
     bundle = packed_bundle() if pack else plotly_bundle()
-    return environment().get_template("report.html").render(
-        **content.texts,
-        known=content.known,
-        cards=content.cards,
-        patterns=[] if "tokens" in omit and "patterns" in omit else content.patterns,
-        figures=figures,
-        has_table=content.table is not None,
-        has_details="details" not in omit,
-        has_tokens="tokens" not in omit,
-        omitted=[OPTIONAL[part] for part in OPTIONAL if part in omit],
-        variables=style_variables(),
-        style=Markup(asset("report.css")),
-        scripts={"early": Markup(asset("early.js")), "late": [Markup(asset(name)) for name in _SCRIPTS]},
-        data=embed(content.script_data(omit)),
-        plotly=Markup(bundle) if figures else "",
-        packed=pack,
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            **content.texts,
+            known=content.known,
+            cards=content.cards,
+            patterns=[] if "tokens" in omit and "patterns" in omit else content.patterns,
+            figures=figures,
+            has_table=content.table is not None,
+            has_details="details" not in omit,
+            has_tokens="tokens" not in omit,
+            omitted=[OPTIONAL[part] for part in OPTIONAL if part in omit],
+            variables=style_variables(),
+            style=Markup(asset("report.css")),
+            scripts={"early": Markup(asset("early.js")), "late": [Markup(asset(name)) for name in _SCRIPTS]},
+            data=embed(content.script_data(omit)),
+            plotly=Markup(bundle) if figures else "",
+            packed=pack,
+        )
     )
 
 

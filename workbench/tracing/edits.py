@@ -66,7 +66,9 @@ class Patch:
     def check(self, spec: Spec) -> None:
         parse_site(self.named or self.site, spec)
         if not 0 <= self.layer < spec.n_layers:
-            raise HeadError(f"patch({self.site!r}, layer={self.layer}): layers run from 0 to {spec.n_layers - 1}.")
+            raise HeadError(
+                f"patch({self.site!r}, layer={self.layer}): layers run from 0 to {spec.n_layers - 1}."
+            )
         if self.site == "resid_mid" and spec.parallel:
             raise RequestError("resid_mid does not exist where attention and MLP read the same residual.")
 
@@ -83,7 +85,9 @@ def ablate(
     reference: Batch | None = None,
 ) -> Ablation:
     """Ablate heads (`"L5H3"` or `Head(5, 3)`); `mean` and `resample` need `values` or `reference` prompts."""
-    chosen = tuple(dict.fromkeys(Head.parse(head) if isinstance(head, str) else Head(*head) for head in heads))
+    chosen = tuple(
+        dict.fromkeys(Head.parse(head) if isinstance(head, str) else Head(*head) for head in heads)
+    )
     if how not in HOWS:
         raise RequestError(f"how={how!r} is no ablation; choose one of {', '.join(HOWS)}.")
     if how in ("mean", "resample") and values is None and reference is None:

@@ -114,7 +114,9 @@ class _Reader:
     def end_step(self) -> None:
         for name, layers in self._step.items():
             heads = max(layer.shape[1] for layer in layers)
-            even = [torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, heads - x.shape[1])) for x in layers]
+            even = [
+                torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, heads - x.shape[1])) for x in layers
+            ]
             self._steps.setdefault(name, []).append(torch.stack(even, dim=1))
         self._step = {}
 
@@ -136,9 +138,13 @@ def _refuse(edits: Sequence[Edit], statistics: Sequence[Statistic], max_new_toke
             )
     for statistic in statistics:
         if statistic.axis == "key" or statistic.key_features is not None or statistic.query_keys is not None:
-            raise RequestError(f"{statistic.name!r} is fixed to the keys of a batch; generate() takes row statistics.")
+            raise RequestError(
+                f"{statistic.name!r} is fixed to the keys of a batch; generate() takes row statistics."
+            )
         if statistic.needs_result_factor:
-            raise RequestError(f"{statistic.name!r} is not measured while decoding; trace the finished text instead.")
+            raise RequestError(
+                f"{statistic.name!r} is not measured while decoding; trace the finished text instead."
+            )
 
 
 def _left_padded(batch: Batch) -> Batch:

@@ -60,7 +60,9 @@ class Model:
         """Give the Hugging Face model its own attention back."""
         self.attachment.detach()
 
-    def batch(self, prompts: str | Sequence[str] | Sequence[Sequence[int]] | Batch, *, special_tokens: bool = True) -> Batch:
+    def batch(
+        self, prompts: str | Sequence[str] | Sequence[Sequence[int]] | Batch, *, special_tokens: bool = True
+    ) -> Batch:
         """Prompts as a batch: texts (the tokenizer's own special tokens unless turned off) or lists of token ids."""
         if isinstance(prompts, Batch):
             return prompts
@@ -157,7 +159,9 @@ class Model:
         from workbench.tracing.generate import generate
 
         batch = self._checked(self.batch(prompts))
-        return generate(self, batch, max_new_tokens, self._resolved(edits, batch), _flatten(statistics), stop_ids)
+        return generate(
+            self, batch, max_new_tokens, self._resolved(edits, batch), _flatten(statistics), stop_ids
+        )
 
     # --- inside ------------------------------------------------------------------------------------------------
 
@@ -168,7 +172,9 @@ class Model:
             raise RequestError(f"Token id {wrong} is outside the vocabulary of {self.spec.vocab_size}.")
         longest, most = int(batch.lengths.max()), self.spec.max_positions
         if most is not None and not self.spec.rotary and longest > most:
-            raise RequestError(f"A prompt of {longest} tokens exceeds the model's {most} learned positions; cut it.")
+            raise RequestError(
+                f"A prompt of {longest} tokens exceeds the model's {most} learned positions; cut it."
+            )
         return batch
 
     def _resolved(self, edits: Sequence[Edit], batch: Batch) -> list[Edit]:
@@ -196,7 +202,9 @@ class Model:
             yield rows, Batch(batch.ids[rows, :width], batch.mask[rows, :width])
             first = last
 
-    def _predict(self, plan: Plan, batch: Batch, piece: Batch, wanted: Tensor | None, loss: bool) -> Prediction:
+    def _predict(
+        self, plan: Plan, batch: Batch, piece: Batch, wanted: Tensor | None, loss: bool
+    ) -> Prediction:
         if self._cost is None:
             self._cost = measure_body(self.attachment)
         kept = None if loss else _kept(wanted, piece.ids.shape[1])
@@ -223,7 +231,11 @@ class Model:
 
 
 def load(
-    x: Any, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None, revision: str | None = None
+    x: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
 ) -> Model:
     """Load and attach a model, and certify that our view of it is the model.
 
@@ -248,9 +260,13 @@ def _wanted_positions(batch: Batch, logits: Logits) -> Tensor | None:
         return None
     if isinstance(logits, Tensor):
         if logits.ndim != 2 or len(logits) != len(batch):
-            raise RequestError(f"logits: positions of shape {tuple(logits.shape)} for {len(batch)} prompts; give [prompt, kept].")
+            raise RequestError(
+                f"logits: positions of shape {tuple(logits.shape)} for {len(batch)} prompts; give [prompt, kept]."
+            )
         if int(logits.min()) < 0 or int(logits.max()) >= batch.ids.shape[1]:
-            raise RequestError(f"logits: position {int(logits.max())} is outside the batch of {batch.ids.shape[1]} columns.")
+            raise RequestError(
+                f"logits: position {int(logits.max())} is outside the batch of {batch.ids.shape[1]} columns."
+            )
         return logits.cpu()
     if logits == "last":
         return (batch.starts + batch.lengths - 1)[:, None].cpu()

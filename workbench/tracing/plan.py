@@ -89,7 +89,10 @@ def predict(
     spec, element = attachment.spec, torch.finfo(attachment.dtype).bits // 8
     prompts, tokens = piece.ids.shape
     attention = max(
-        (_attention_bytes(plan, spec, layer, prompts, tokens, element, attachment.device.type) for layer in range(spec.n_layers)),
+        (
+            _attention_bytes(plan, spec, layer, prompts, tokens, element, attachment.device.type)
+            for layer in range(spec.n_layers)
+        ),
         default=0,
     )
     rows = prompts * (tokens if kept is None else len(kept))
@@ -100,7 +103,10 @@ def predict(
     return Prediction(
         body=int(cost.peak(prompts * tokens)),
         attention=int(cost.at_attention(prompts * tokens)) + attention,
-        logits=rows * spec.vocab_size * element + 2 * prompts * tokens * spec.d_model * element + chunk + gathered,
+        logits=rows * spec.vocab_size * element
+        + 2 * prompts * tokens * spec.d_model * element
+        + chunk
+        + gathered,
         stored=_stored_bytes(plan, spec, batch, element) + held,
     )
 

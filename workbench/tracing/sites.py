@@ -44,7 +44,9 @@ def parse_site(text: str, spec: Spec | None = None) -> tuple[Site, int | None]:
     if spec is not None and not layer < spec.n_layers:
         raise HeadError(f"{text!r}: layers run from 0 to {spec.n_layers - 1}.")
     if name in ("q", "k") and spec is not None and spec.rotary:
-        raise RequestError(f"{text!r} is {name} before rotation; we hold it as it enters the softmax: hook_rot_{name}.")
+        raise RequestError(
+            f"{text!r} is {name} before rotation; we hold it as it enters the softmax: hook_rot_{name}."
+        )
     return _ROTATED.get(name) or _known(name), layer
 
 

@@ -138,7 +138,9 @@ def offset(distance: int) -> Statistic:
 def mass(name: str, keys: Bool[Tensor, "prompt key"] | Float[Tensor, "prompt key column"]) -> Statistic:
     """Mass on labelled keys: a boolean mask, or up to 64 columns of key weights (one result each)."""
     if keys.ndim not in (2, 3):
-        raise RequestError(f"mass({name!r}): keys of shape {tuple(keys.shape)}; give [prompt, key] or [..., column].")
+        raise RequestError(
+            f"mass({name!r}): keys of shape {tuple(keys.shape)}; give [prompt, key] or [..., column]."
+        )
     features = keys[..., None] if keys.ndim == 2 else keys
 
     def read(measured: Measured) -> Tensor:
@@ -152,7 +154,9 @@ def mass(name: str, keys: Bool[Tensor, "prompt key"] | Float[Tensor, "prompt key
 def at_keys(name: str, keys: Int[Tensor, "prompt query"] | Int[Tensor, "prompt query slot"]) -> Statistic:
     """Mass on given keys of each query (columns of the batch, -1 for none); several slots are summed."""
     if keys.ndim not in (2, 3):
-        raise RequestError(f"at_keys({name!r}): keys of shape {tuple(keys.shape)}; give [prompt, query(, slot)].")
+        raise RequestError(
+            f"at_keys({name!r}): keys of shape {tuple(keys.shape)}; give [prompt, query(, slot)]."
+        )
     slots = keys[..., None] if keys.ndim == 2 else keys
 
     def read(measured: Measured) -> Tensor:
@@ -225,6 +229,8 @@ def result_norm() -> Statistic:
 
     def read(measured: Measured) -> Tensor:
         assert measured.found.output is not None and measured.result_factor is not None
-        return torch.einsum("b h q d, h d e -> b h q e", measured.found.output, measured.result_factor).norm(dim=-1)
+        return torch.einsum("b h q d, h d e -> b h q e", measured.found.output, measured.result_factor).norm(
+            dim=-1
+        )
 
     return Statistic("result_norm", StatisticsRequest(output=True), read, needs_result_factor=True)

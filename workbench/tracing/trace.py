@@ -76,7 +76,9 @@ class Trace:
 class Collector:
     """Puts the pieces of a batch together: statistics into full arrays, sites into one tensor a layer."""
 
-    def __init__(self, batch: Batch, spec: Spec, statistics: Sequence[Statistic], prediction: Prediction) -> None:
+    def __init__(
+        self, batch: Batch, spec: Spec, statistics: Sequence[Statistic], prediction: Prediction
+    ) -> None:
         self.trace = Trace(batch, spec, prediction, {s.name: s for s in statistics})
         self.rows = slice(0, len(batch))
         self._heads = max(layer.heads for layer in spec.layers)
@@ -112,7 +114,9 @@ class Collector:
     def loss(self, logits: Tensor, ids: Tensor, rows_at_once: int = 512) -> None:
         """Negative log-probability of each next token, in float32, a few rows at a time."""
         if self.trace.loss is None:
-            self.trace.loss = torch.full((len(self.trace.batch), max(0, self.trace.batch.ids.shape[1] - 1)), float("nan"))
+            self.trace.loss = torch.full(
+                (len(self.trace.batch), max(0, self.trace.batch.ids.shape[1] - 1)), float("nan")
+            )
         rows, targets = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
         parts = [
             torch.nn.functional.cross_entropy(r.float(), t, reduction="none")

@@ -31,7 +31,13 @@ class Watch:
     """
 
     def __init__(
-        self, attachment: Attachment, plan: Plan, rows: slice, tokens: int, statistic: StatisticSink, site: SiteSink
+        self,
+        attachment: Attachment,
+        plan: Plan,
+        rows: slice,
+        tokens: int,
+        statistic: StatisticSink,
+        site: SiteSink,
     ) -> None:
         self.attachment, self.plan, self.rows, self.tokens = attachment, plan, rows, tokens
         self.put_statistic, self.put_site = statistic, site
@@ -138,7 +144,10 @@ class Watch:
             value = value[self.rows, : old.shape[1]]
         if patch.heads is not None:
             value = torch.index_copy(
-                old, 2, torch.tensor(patch.heads, device=old.device), self._fit(value, old[:, :, list(patch.heads)], patch)
+                old,
+                2,
+                torch.tensor(patch.heads, device=old.device),
+                self._fit(value, old[:, :, list(patch.heads)], patch),
             )
         return masked(old, self._fit(value, old, patch), patch.positions, self.rows)
 
@@ -224,5 +233,3 @@ class Watch:
 
 def _columns(found: Tensor | None, first: int, count: int) -> Tensor | None:
     return None if found is None or not count else found[..., first : first + count]
-
-

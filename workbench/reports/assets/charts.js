@@ -62,6 +62,9 @@
   report.showFigure = (canvas, name) => {
     if (!(name in figures)) return;
     canvas.dataset.figure = name;
+    canvas.style.height = `${figures[name].height}px`;
+    canvas.setAttribute("aria-label", figures[name].caption);
+    canvas.closest("figure").querySelector("figcaption").textContent = figures[name].caption;
     if (window.Plotly) draw(canvas);
   };
 

@@ -27,12 +27,18 @@
     return (name) => tests.some((test) => test(name));
   }
 
+  // some detectors look for small values, some for large ones of either sign
+  const reaches = (column, value, bound) =>
+    value !== null &&
+    bound !== null &&
+    { higher: value >= bound, lower: value <= bound, either: Math.abs(value) >= bound }[column.better];
+
   function valueFilter() {
     const chosen = field("detector").value;
-    const least = parseFloat(field("least").value);
-    if (chosen === "" || Number.isNaN(least)) return () => true;
-    const { value } = columns[Number(chosen)];
-    return (index) => value[index] !== null && value[index] >= least;
+    const bound = parseFloat(field("least").value);
+    if (chosen === "" || Number.isNaN(bound)) return () => true;
+    const column = columns[Number(chosen)];
+    return (index) => reaches(column, column.value[index], bound);
   }
 
   function rows() {
@@ -58,8 +64,7 @@
       box.append("–");
       return box;
     }
-    const passes = column.threshold !== null && value >= column.threshold;
-    box.classList.toggle("passes", passes);
+    box.classList.toggle("passes", reaches(column, value, column.threshold));
     box.style.setProperty("--share", `${Math.round((Math.abs(value) / tops[place]) * 100)}%`);
     box.append(make("span", { class: "value" }, number(value, places[place])));
     if (detailed) {
@@ -115,7 +120,9 @@
     const column = columns[Number(event.target.value)];
     const picked = event.target.value !== "";
     field("least").value = picked && column.threshold !== null ? column.threshold : "";
-    if (picked) [state.sort, state.down] = [Number(event.target.value), true];
+    const words = { higher: "at least", lower: "at most", either: "at least ±" };
+    root.querySelector(".bound").textContent = words[picked ? column.better : "higher"];
+    if (picked) [state.sort, state.down] = [Number(event.target.value), column.better !== "lower"];
     anew();
   });
   field("reset").addEventListener("click", () => {

@@ -1,0 +1,17 @@
+"""Detectors of heads, and the causal test of what they claim."""
+
+from workbench.heads.detection import HeadScores as HeadScores
+from workbench.heads.detection import Settings as Settings
+from workbench.heads.detection import detect as detect
+from workbench.heads.detector import Detector as Detector
+from workbench.heads.detectors import DETECTORS as DETECTORS
+from workbench.heads.probes import PROBE_OF as PROBE_OF
+from workbench.heads.probes import Probe as Probe
+from workbench.heads.probes import ProbeSettings as ProbeSettings
+from workbench.heads.probes import build_probe as build_probe
+from workbench.heads.verification import Ablator as Ablator
+from workbench.heads.verification import Claim as Claim
+from workbench.heads.verification import Verification as Verification
+from workbench.heads.verification import matched_heads as matched_heads
+from workbench.heads.verification import verify as verify
+from workbench.heads.verification import verify_claim as verify_claim

@@ -1,0 +1,224 @@
+"""Run detectors on a model: kinds share prompts and passes, scores come with intervals, nulls, p and q."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from workbench.errors import RequestError
+from workbench.heads.detector import Detector, Kind, Part, PromptScores
+from workbench.heads.detectors import DETECTORS
+from workbench.heads.inference import bootstrap_difference, bootstrap_mean, paired_p, q_values, unpaired_p
+from workbench.models import Head
+from workbench.tasks import Task, needle_grid, repeated_tokens, text_domains
+from workbench.tracing import Model, Statistic, Trace
+
+Progress = Callable[[int, int], None]
+KINDS: tuple[Kind, ...] = ("text", "repeated", "needle", "needle_greedy")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the detectors' tasks; the defaults are the published ones where a laptop can run them."""
+
+    seed: int = 0
+    text_prompts: int = 50
+    text_length: int = 64
+    repeat_prompts: int = 10
+    repeat_length: int = 50
+    repeat_copies: int = 3
+    needle_lengths: tuple[int, ...] = (160, 256)
+    needle_depths: int = 5
+    greedy_lengths: tuple[int, ...] = (160,)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """Scores of all heads by some detectors.
+
+    `table`: model, detector, layer, head, value, low, high, n, null, p, q. `detectors`: what each measured and on
+    what. `curves`: the course of each detector's own statistic over positions, all heads.
+    """
+
+    table: pd.DataFrame
+    detectors: pd.DataFrame
+    curves: pd.DataFrame
+    domains: pd.DataFrame
+
+    def top(self, detector: str, k: int) -> list[Head]:
+        """The k heads with the highest scores."""
+        rows = self.table[self.table.detector == detector]
+        if rows.empty:
+            raise RequestError(f"No scores of {detector!r}; there are {', '.join(self.table.detector.unique())}.")
+        best = rows.sort_values("value", ascending=False, kind="stable").head(k)
+        return [Head(int(layer), int(head)) for layer, head in zip(best.layer, best["head"], strict=True)]
+
+    @staticmethod
+    def join(parts: Sequence[HeadScores]) -> HeadScores:
+        """Scores of several kinds in one."""
+        frames = [
+            pd.concat([getattr(part, name) for part in parts if len(getattr(part, name))] or [parts[0].curves.head(0)], ignore_index=True)
+            for name in ("table", "detectors", "curves", "domains")
+        ]
+        return HeadScores(*frames)
+
+
+def choose(names: Sequence[str] | None) -> list[Detector]:
+    """Detectors by name, all by default; an unknown name is answered with the nearest."""
+    for name in names or ():
+        if name not in DETECTORS:
+            near = get_close_matches(name, DETECTORS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise RequestError(f"No detector {name!r}.{hint} There are {', '.join(DETECTORS)}.")
+    return [DETECTORS[name] for name in names or DETECTORS]
+
+
+def build_tasks(model: Model, kind: Kind, settings: Settings) -> list[Task]:
+    """The prompts of one kind for this model's tokenizer."""
+    if kind == "repeated":
+        vocabulary = model.spec.vocab_size if model.tokenizer is None else model.tokenizer
+        return [
+            repeated_tokens(
+                vocabulary, settings.repeat_prompts, settings.repeat_length, settings.repeat_copies, settings.seed,
+                bos=model.tokenizer is not None,
+            )
+        ]  # fmt: skip
+    if model.tokenizer is None:
+        raise RequestError(f"Detectors on {kind} prompts need a tokenizer; load the model with one.")
+    if kind == "text":
+        found = text_domains(model.tokenizer, prompts=settings.text_prompts, length=settings.text_length, seed=settings.seed)
+        return list(found.values())
+    lengths = settings.needle_lengths if kind == "needle" else settings.greedy_lengths
+    return [needle_grid(model.tokenizer, lengths, settings.needle_depths, settings.seed)]
+
+
+def run_kind(
+    model: Model, kind: Kind, detectors: Sequence[Detector], tasks: Sequence[Task], progress: Progress | None = None
+) -> list[Part]:
+    """One pass over each task with everything that these detectors ask for."""
+    parts, total, done = [], sum(len(task) for task in tasks), 0
+    for task in tasks:
+        statistics: dict[str, Statistic] = {}
+        for detector in detectors:
+            statistics |= {statistic.name: statistic for statistic in detector.statistics(task)}
+        if kind == "needle_greedy":
+            assert task.decoding is not None
+            longest = int(task.n_answers.max()) + 8
+            parts.append(Part(task, model.generate(task.decoding, longest, statistics=list(statistics.values()))))
+        else:
+            start = done
+            count = None if progress is None else (lambda n, _, start=start: progress(start + n, total))  # type: ignore[misc]
+            parts.append(Part(task, model.trace(task.batch, statistics=list(statistics.values()), progress=count)))
+        done += len(task)
+        if progress is not None:
+            progress(done, total)
+    return parts
+
+
+def score(model: Model, detector: Detector, parts: Sequence[Part], seed: int = 0) -> HeadScores:
+    """A detector's scores from what its kind measured."""
+    found = detector.score(parts)
+    table = _table(model, detector, found, seed)
+    caption = " ".join(f"{part.task.caption}" for part in parts)
+    row = {
+        "detector": detector.name, "title": detector.title, "measures": detector.measures, "unit": detector.unit,
+        "threshold": np.nan if detector.threshold is None else detector.threshold, "paper": detector.paper,
+        "url": detector.url, "caption": f"{_sentence(detector.measures)} {caption} Null: {detector.null}.",
+        "positions": detector.positions, "better": detector.better, "null": detector.null, "note": detector.note,
+        "prompts": len(found.values),
+    }  # fmt: skip
+    domains = _domains(parts, seed) if found.unpaired else pd.DataFrame()
+    return HeadScores(table, pd.DataFrame([row]), _curves(detector, parts), domains)
+
+
+def detect(
+    model: Model, names: Sequence[str] | None = None, *, settings: Settings | None = None, progress: Progress | None = None
+) -> HeadScores:
+    """Score every head by the named detectors (all by default); see `DETECTORS`."""
+    settings, chosen = settings or Settings(), choose(names)
+    results = []
+    for kind in KINDS:
+        of_kind = [detector for detector in chosen if detector.kind == kind]
+        if of_kind:
+            parts = run_kind(model, kind, of_kind, build_tasks(model, kind, settings), progress)
+            results += [score(model, detector, parts, settings.seed) for detector in of_kind]
+    return HeadScores.join(results)
+
+
+def _table(model: Model, detector: Detector, found: PromptScores, seed: int) -> pd.DataFrame:
+    heads = model.spec.heads()
+    layer, head = np.array([h.layer for h in heads]), np.array([h.head for h in heads])
+    values, null = found.values[:, layer, head], found.null[:, layer, head]
+    if found.unpaired:
+        interval, p = bootstrap_difference(values, null, seed), unpaired_p(values, null, seed)
+        null_mean = np.zeros(len(heads))
+    elif len(values):
+        interval, p = bootstrap_mean(values, seed), paired_p(values, null, detector.better, seed)
+        null_mean = null.mean(axis=0)
+    else:
+        missing = np.full(len(heads), np.nan)
+        interval, p, null_mean = bootstrap_mean(missing[None], seed), missing, missing
+    return pd.DataFrame(
+        {
+            "model": model.source.name, "detector": detector.name, "layer": layer, "head": head,
+            "value": interval.value, "low": interval.low, "high": interval.high, "n": len(values),
+            "null": null_mean, "p": p, "q": q_values(p),
+        }
+    )  # fmt: skip
+
+
+def _curves(detector: Detector, parts: Sequence[Part]) -> pd.DataFrame:
+    """Mean over prompts of the detector's own statistic at each position (positions of all parts together)."""
+    frames = []
+    for task, found in parts:
+        if detector.curve is None or not isinstance(found, Trace):
+            continue
+        values = found[detector.curve]
+        statistic = detector.curve if len(parts) == 1 else f"{detector.curve}, {task.settings.get('domain', task.name)}"
+        seen = ~values.isnan() & (values >= 0)
+        if found.statistics[detector.curve].query_keys is not None:
+            keys = found.statistics[detector.curve].query_keys
+            assert keys is not None
+            seen &= (keys >= 0).any(-1)[:, None, None]
+        count = seen.sum(0)
+        mean = (values.nan_to_num() * seen).sum(0) / count.clamp(min=1)
+        layer, head, position = np.nonzero(count.numpy() > 0)
+        frames.append(
+            pd.DataFrame({
+                "detector": detector.name, "layer": layer, "head": head, "statistic": statistic,
+                "position": position, "value": mean.numpy()[layer, head, position],
+            })
+        )  # fmt: skip
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def _domains(parts: Sequence[Part], seed: int) -> pd.DataFrame:
+    """First-token share of every head on each domain, with intervals."""
+    from workbench.heads.detector import rows_mean, traced
+    from workbench.heads.detectors.text import later_rows
+
+    frames = []
+    for part in parts:
+        values = rows_mean(traced(part), "first_1", later_rows(part.task))
+        layers, heads = values.shape[1:]
+        interval = bootstrap_mean(values.reshape(len(values), -1), seed)
+        frames.append(
+            pd.DataFrame({
+                "layer": np.repeat(np.arange(layers), heads), "head": np.tile(np.arange(heads), layers),
+                "domain": str(part.task.settings["domain"]), "value": interval.value, "low": interval.low,
+                "high": interval.high, "n": len(values),
+            })
+        )  # fmt: skip
+    return pd.concat(frames, ignore_index=True)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "."

@@ -1,0 +1,21 @@
+"""Every detector by name; one module a kind of prompt."""
+
+from workbench.heads.detector import Detector
+from workbench.heads.detectors import needle, repeated, text
+
+DETECTORS: dict[str, Detector] = {
+    detector.name: detector
+    for detector in (
+        text.SINK,
+        text.FIRST_TOKEN,
+        text.ENTROPY,
+        text.ACTIVE_DORMANT,
+        repeated.PREVIOUS_TOKEN,
+        repeated.DUPLICATE_TOKEN,
+        repeated.INDUCTION,
+        repeated.ECHO,
+        needle.RETRIEVAL,
+        needle.COPY_MASS,
+        needle.RETRIEVAL_GREEDY,
+    )
+}

@@ -1,0 +1,159 @@
+"""Detectors on natural text: attention sinks, entropy, and heads that sleep on one domain and work on another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from workbench.heads.detector import Array, Detector, Part, PromptScores, rows_mean, stacked, traced
+from workbench.tasks import Task
+from workbench.tracing import Statistic
+from workbench.tracing import statistics as S
+
+SINK_EPSILON = 0.3
+
+
+def random_visible_keys(task: Task) -> Int[Tensor, "prompt query"]:
+    """For each query one of its visible keys, position 0 left out; none for the first two queries."""
+    generator = torch.Generator().manual_seed(task.seed + 1)
+    columns = torch.arange(task.batch.ids.shape[1])
+    start = task.batch.starts[:, None]
+    choices = columns - start
+    keys = start + 1 + (torch.rand(task.batch.ids.shape, generator=generator) * (choices - 1).clamp(min=0)).long()
+    return torch.where(choices >= 2, keys, -1)
+
+
+def later_rows(task: Task) -> Bool[Tensor, "prompt query"]:
+    """Rows that have a choice: all but each prompt's first."""
+    return torch.arange(task.batch.ids.shape[1]) > task.batch.starts[:, None]
+
+
+def _sink_statistics(task: Task) -> list[Statistic]:
+    return [S.first(1), S.column_mean(), S.at_keys("random_key", random_visible_keys(task))]
+
+
+def _column(part: Part, columns: Tensor) -> Array:
+    """Column mean of one key per prompt, `[prompt, layer, head]`."""
+    means = traced(part)["column_mean"]
+    index = columns[:, None, None, None].expand(*means.shape[:3], 1)
+    return np.asarray(torch.gather(means, 3, index)[..., 0].double().numpy())
+
+
+def _sink(parts: Sequence[Part]) -> PromptScores:
+    """Whether alpha_1 > 0.3, per prompt; the null asks the same of another key in the prompt's first half."""
+
+    def other(part: Part) -> Tensor:
+        generator = torch.Generator().manual_seed(part.task.seed + 2)
+        half = (part.task.batch.lengths // 2).clamp(min=2)
+        draw = torch.rand(len(half), generator=generator)
+        return part.task.batch.starts + 1 + (draw * (half - 1)).long()
+
+    return PromptScores(
+        stacked(parts, lambda part: (_column(part, part.task.batch.starts) > SINK_EPSILON).astype(float)),
+        stacked(parts, lambda part: (_column(part, other(part)) > SINK_EPSILON).astype(float)),
+    )
+
+
+def _first_token(parts: Sequence[Part]) -> PromptScores:
+    return PromptScores(
+        stacked(parts, lambda part: rows_mean(traced(part), "first_1", later_rows(part.task))),
+        stacked(parts, lambda part: rows_mean(traced(part), "random_key", later_rows(part.task))),
+    )
+
+
+def _entropy(parts: Sequence[Part]) -> PromptScores:
+    def uniform(part: Part) -> Array:
+        """Entropy of attention spread evenly over what each query sees."""
+        seen = torch.arange(part.task.batch.ids.shape[1]) - part.task.batch.starts[:, None] + 1
+        rows = part.task.batch.mask & later_rows(part.task)
+        mean = torch.where(rows, seen.clamp(min=1).log(), 0.0).sum(1) / rows.sum(1)
+        shape = traced(part)["entropy"].shape[1:3]
+        return np.asarray(mean.double()[:, None, None].expand(-1, *shape).numpy())
+
+    return PromptScores(
+        stacked(parts, lambda part: rows_mean(traced(part), "entropy", later_rows(part.task))), stacked(parts, uniform)
+    )
+
+
+def _contrast(parts: Sequence[Part]) -> PromptScores:
+    """First-token share on prose less that on code: a head dormant on prose and active on code is positive."""
+    by_domain = {part.task.settings["domain"]: part for part in parts}
+    prose, code = by_domain["prose"], by_domain["code"]
+    return PromptScores(
+        rows_mean(traced(prose), "first_1", later_rows(prose.task)),
+        rows_mean(traced(code), "first_1", later_rows(code.task)),
+        unpaired=True,
+    )
+
+
+SINK = Detector(
+    name="sink",
+    title="Attention sink",
+    kind="text",
+    measures="share of prompts in which position 0 draws more than 0.3 of the attention of those who see it (Sink_1^0.3)",
+    null="the same test for another key in the first half of the prompt",
+    unit="share of prompts",
+    positions="all queries that see the key",
+    threshold=0.5,
+    paper="Gu et al. 2025, When attention sink emerges in language models",
+    url="https://arxiv.org/abs/2410.10781",
+    statistics=_sink_statistics,
+    score=_sink,
+    curve="first_1",
+    note="The indicator is taken per prompt and then averaged, as in the released code. A head is named when it is a "
+    "sink in most prompts; the paper reports only the average over all heads.",
+)
+FIRST_TOKEN = Detector(
+    name="first_token",
+    title="First-token share",
+    kind="text",
+    measures="mean attention to position 0",
+    null="mean attention to one other visible key, drawn at random per query",
+    unit="attention mass",
+    positions="all queries but the first",
+    threshold=0.5,
+    paper="Qiu et al. 2025, Gated attention for large language models (F-attn)",
+    url="https://arxiv.org/abs/2505.06708",
+    statistics=_sink_statistics,
+    score=_first_token,
+    curve="first_1",
+    note="The paper averages over all queries; the first, whose share is 1 by necessity, is left out here.",
+)
+ENTROPY = Detector(
+    name="entropy",
+    title="Entropy",
+    kind="text",
+    measures="mean entropy of a row of attention",
+    null="entropy of uniform attention over the visible keys",
+    unit="nats",
+    positions="all queries but the first",
+    threshold=None,
+    paper="Clark et al. 2019, What does BERT look at?",
+    url="https://arxiv.org/abs/1906.04341",
+    statistics=lambda task: [S.entropy()],
+    score=_entropy,
+    better="lower",
+    curve="entropy",
+    note="Descriptive: the test only says that a head is more focused than uniform attention.",
+)
+ACTIVE_DORMANT = Detector(
+    name="active_dormant",
+    title="Active-dormant contrast",
+    kind="text",
+    measures="first-token share on prose less first-token share on code",
+    null="no difference between the domains (prompt labels shuffled)",
+    unit="attention mass",
+    positions="all queries but the first",
+    threshold=0.1,
+    paper="Guo et al. 2024, Active-dormant attention heads",
+    url="https://arxiv.org/abs/2410.13835",
+    statistics=lambda task: [S.first(1)],
+    score=_contrast,
+    better="either",
+    curve="first_1",
+    note="The paper shows a scatter and names no threshold; 0.1 in absolute value is ours.",
+)

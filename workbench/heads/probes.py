@@ -1,0 +1,137 @@
+"""What is measured before and after an ablation: a probe runs its prompts once and yields one number per prompt.
+
+| probe | metrics | prompts |
+| --- | --- | --- |
+| `induction` | induction loss (nats per token), copy accuracy | random tokens, twice |
+| `needle` | needle recall (ROUGE-1 of the greedy answer), log-probability of the gold answer | a fact in a long text |
+| `held_out` | held-out loss (nats per token) | prose and code |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from workbench.errors import RequestError
+from workbench.heads.detector import Array
+from workbench.tasks import (
+    ANSWER_LOG_PROBABILITY,
+    COPY_ACCURACY,
+    HELD_OUT_LOSS,
+    INDUCTION_LOSS,
+    NEEDLE_RECALL,
+    Metric,
+    Readings,
+    Task,
+    TextMetric,
+    needle_grid,
+    read_answers,
+    repeated_tokens,
+    text_domains,
+)
+from workbench.tracing import Edit, Model
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Prompts and the metrics that one run of them yields."""
+
+    name: str
+    tasks: tuple[Task, ...]
+    metrics: tuple[Metric | TextMetric, ...]
+    run: Callable[[Model, Task, Sequence[Edit]], Mapping[str, Array]]
+
+    @property
+    def caption(self) -> str:
+        return " ".join(task.caption for task in self.tasks)
+
+    def measure(self, model: Model, edits: Sequence[Edit] = ()) -> dict[str, Array]:
+        """Each metric's value per prompt, all tasks one after the other."""
+        found = [self.run(model, task, edits) for task in self.tasks]
+        return {metric.name: np.concatenate([part[metric.name] for part in found]) for metric in self.metrics}
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """Sizes of the probes' prompts; their seed differs from the detectors', so that no head is tested on what found it."""
+
+    seed: int = 1000
+    induction_prompts: int = 8
+    induction_length: int = 50
+    needle_lengths: tuple[int, ...] = (160,)
+    needle_depths: int = 3
+    held_out_prompts: int = 8
+    held_out_length: int = 64
+
+
+def build_probe(name: str, model: Model, settings: ProbeSettings) -> Probe:
+    """A probe for this model's tokenizer."""
+    if name not in _BUILDERS:
+        raise RequestError(f"No probe {name!r}; there are {', '.join(_BUILDERS)}.")
+    if model.tokenizer is None and name != "induction":
+        raise RequestError(f"The probe {name!r} needs a tokenizer; load the model with one.")
+    return _BUILDERS[name](model, settings)
+
+
+def _readings(model: Model, task: Task, edits: Sequence[Edit]) -> Readings:
+    """Losses and predictions at the answers, from one pass that computes no other logits."""
+    found = model.trace(task.batch, edits=edits, logits=task.answer_positions.clamp(min=0))
+    return read_answers(task, logits=found.logits)
+
+
+def _array(values: Tensor) -> Array:
+    return np.asarray(values.double().numpy())
+
+
+def _induction(model: Model, settings: ProbeSettings) -> Probe:
+    def run(model: Model, task: Task, edits: Sequence[Edit]) -> Mapping[str, Array]:
+        readings = _readings(model, task, edits)
+        return {metric.name: _array(metric(readings)) for metric in (INDUCTION_LOSS, COPY_ACCURACY)}
+
+    task = repeated_tokens(
+        model.spec.vocab_size if model.tokenizer is None else model.tokenizer,
+        settings.induction_prompts, settings.induction_length, 2, settings.seed, bos=model.tokenizer is not None,
+    )  # fmt: skip
+    return Probe("induction", (task,), (INDUCTION_LOSS, COPY_ACCURACY), run)
+
+
+def _needle(model: Model, settings: ProbeSettings) -> Probe:
+    def run(model: Model, task: Task, edits: Sequence[Edit]) -> Mapping[str, Array]:
+        assert task.decoding is not None
+        readings = _readings(model, task, edits)
+        written = model.generate(task.decoding, int(task.n_answers.max()) + 8, edits=edits).texts
+        assert written is not None
+        return {
+            NEEDLE_RECALL.name: _array(NEEDLE_RECALL(written, task.answers)),
+            ANSWER_LOG_PROBABILITY.name: _array(ANSWER_LOG_PROBABILITY(readings)),
+        }
+
+    task = needle_grid(model.tokenizer, settings.needle_lengths, settings.needle_depths, settings.seed)
+    return Probe("needle", (task,), (NEEDLE_RECALL, ANSWER_LOG_PROBABILITY), run)
+
+
+def _held_out(model: Model, settings: ProbeSettings) -> Probe:
+    def run(model: Model, task: Task, edits: Sequence[Edit]) -> Mapping[str, Array]:
+        readings = read_answers(task, loss=model.trace(task.batch, edits=edits, loss=True).loss)
+        return {HELD_OUT_LOSS.name: _array(HELD_OUT_LOSS(readings))}
+
+    tasks = text_domains(
+        model.tokenizer, prompts=settings.held_out_prompts, length=settings.held_out_length, seed=settings.seed
+    )
+    return Probe("held_out", tuple(tasks.values()), (HELD_OUT_LOSS,), run)
+
+
+_BUILDERS: dict[str, Callable[[Model, ProbeSettings], Probe]] = {
+    "induction": _induction,
+    "needle": _needle,
+    "held_out": _held_out,
+}
+# Which probe a detector's claim is about: what should suffer if its heads do what their name says.
+PROBE_OF: dict[str, str] = {
+    "sink": "held_out", "first_token": "held_out", "entropy": "held_out", "active_dormant": "held_out",
+    "previous_token": "induction", "duplicate_token": "induction", "induction": "induction", "echo": "induction",
+    "retrieval": "needle", "copy_mass": "needle", "retrieval_greedy": "needle",
+}  # fmt: skip

@@ -1,0 +1,323 @@
+"""A needle in a haystack: copy-paste retrieval on a grid of lengths and depths.
+
+After Wu et al. 2024, Retrieval Head Mechanistically Explains Long-Context Factuality (arXiv 2404.15574):
+
+1. Context: contiguous prose, cut to fit, with the needle put in at a depth and moved left until the token
+   before it ends a sentence.
+2. The question behind it: ``Based on the content of the book, Question: ... Answer:`` as plain text for a
+   base model, as one user turn (the context between ``<book>`` and ``</book>``) where the tokenizer has a
+   chat template.
+3. The gold answer behind that, for teacher forcing.  Each answer token is followed to the token of the
+   needle that it is copied from; answer tokens that the tokenizer cut differently there are left out of
+   that list and counted.
+
+One pass over such a prompt scores the rows that produce the answer, as greedy decoding would if it were
+right. Whether the model is right is asked by decoding from `Task.decoding` and `accepted`: ROUGE-1 recall
+above one half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from workbench.errors import RequestError
+from workbench.models import Batch
+from workbench.tasks import corpus
+from workbench.tasks.encoding import Encoded, Prefix, default_prefix, encode, padding_id
+from workbench.tasks.needles import NEEDLES, Needle
+from workbench.tasks.task import NONE, Task, Value
+
+LEAST_HAYSTACK = 32
+LEAST_ALIGNED = 0.5
+
+_PLAIN = "{context}\n\nBased on the content of the book, Question: {question}\nAnswer:"
+_CHAT = "<book>{context}</book>\nBased on the content of the book, Question: {question}\nAnswer:"
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What stands around context and question, and what each prompt begins with."""
+
+    before: str
+    after: str
+    joint: str
+    prefix: Prefix
+    chat: bool
+
+    def text(self, context: str, needle: Needle) -> str:
+        template = _CHAT if self.chat else _PLAIN
+        return self.before + template.format(context=context, question=needle.question) + self.after
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """One cell of the grid, tokenised, with its labels as columns (start token counted)."""
+
+    ids: tuple[int, ...]
+    text: str
+    answer_start: int
+    answer_keys: tuple[int, ...]
+    spans: dict[str, tuple[int, int]]
+    depth: float
+
+
+def needle_grid(
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Sequence[int] = (256, 512),
+    depths: int = 5,
+    seed: int = 0,
+    needles: Sequence[Needle] = NEEDLES,
+    chat: bool | None = None,
+) -> Task:
+    """One prompt for each needle, length and depth; no prompt, answer included, is longer than its length.
+
+    ``chat``: None uses the tokenizer's chat template if there is one, False never, True insists on it.
+    """
+    if not lengths or not needles or depths < 1:
+        raise RequestError(
+            f"lengths={list(lengths)}, depths={depths}, {len(needles)} needles: the grid is empty; "
+            "ask for at least one of each."
+        )
+    frame = _frame(tokenizer, chat)
+    _check_lengths(tokenizer, frame, needles, lengths)
+    percents = [float(percent) for percent in np.linspace(0, 100, depths)] if depths > 1 else [50.0]
+    starts = np.random.default_rng(seed).integers(0, 2**31, size=len(needles))
+    cells: list[_Prompt] = []
+    info: list[dict[str, Value]] = []
+    for needle, start in zip(needles, starts, strict=True):
+        haystack = _Haystack(tokenizer, int(start))
+        for length in lengths:
+            for percent in percents:
+                cell = _fit(tokenizer, frame, haystack, needle, length, percent)
+                cells.append(cell)
+                info.append(
+                    {
+                        "needle": needle.name,
+                        "length": length,
+                        "depth": percent,
+                        "real_depth": round(cell.depth, 2),
+                        "tokens": len(cell.ids),
+                        "dropped": cell.answer_keys.count(NONE),
+                    }
+                )
+    return _assemble(
+        tokenizer,
+        frame,
+        cells,
+        answers=tuple(needle.answer for needle in needles for _ in range(len(lengths) * len(percents))),
+        info=tuple(info),
+        seed=seed,
+        settings={
+            "lengths": list(lengths),
+            "depths": percents,
+            "needles": [needle.name for needle in needles],
+            "chat": frame.chat,
+            "dropped_answer_tokens": sum(cell.answer_keys.count(NONE) for cell in cells),
+            "corpus_sha256": corpus.digest(cell.text for cell in cells),
+        },
+    )
+
+
+class _Haystack:
+    """Prose from a random start on, tokenised once and as long as it was asked for."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, start: int) -> None:
+        self._tokenizer = tokenizer
+        self._text = corpus.prose_text(start)
+        self._encoded = Encoded("", (), ())
+
+    def first(self, tokens: int) -> str:
+        """The text of about so many tokens."""
+        while len(self._encoded.ids) < tokens:
+            wanted = max(2 * len(self._encoded.text), 8 * tokens)
+            while len(self._text) < wanted:
+                self._text += "\n\n" + self._text
+            self._encoded = encode(self._tokenizer, self._text[:wanted])
+        return self._text[: self._encoded.offsets[tokens - 1][1]] if tokens else ""
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> _Frame:
+    template = bool(getattr(tokenizer, "chat_template", None))
+    if chat and not template:
+        raise RequestError(
+            f"chat=True, but {type(tokenizer).__name__} has no chat template; pass chat=False or nothing."
+        )
+    if chat is False or not template:
+        return _Frame("", "", " ", default_prefix(tokenizer), chat=False)
+    mark = "\u2063workbench\u2063"
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
+    )
+    before, found, after = str(rendered).partition(mark)
+    if not found:
+        raise RequestError("The chat template does not repeat the user's words; pass chat=False.")
+    return _Frame(
+        before, after, "", Prefix((), "chat template: the special tokens that it writes"), chat=True
+    )
+
+
+def _check_lengths(
+    tokenizer: PreTrainedTokenizerBase, frame: _Frame, needles: Sequence[Needle], lengths: Sequence[int]
+) -> None:
+    least = LEAST_HAYSTACK + max(_overhead(tokenizer, frame, needle) for needle in needles)
+    if min(lengths) < least:
+        raise RequestError(
+            f"A length of {min(lengths)} tokens is too short for needle, question and answer; the minimum "
+            f"with this tokenizer is {least}."
+        )
+
+
+def _overhead(tokenizer: PreTrainedTokenizerBase, frame: _Frame, needle: Needle) -> int:
+    bare = frame.text(needle.text, needle) + frame.joint + needle.answer
+    return len(frame.prefix.ids) + len(encode(tokenizer, bare).ids)
+
+
+def _fit(
+    tokenizer: PreTrainedTokenizerBase,
+    frame: _Frame,
+    haystack: _Haystack,
+    needle: Needle,
+    length: int,
+    percent: float,
+) -> _Prompt:
+    """Cut the haystack until the whole prompt fits; joints can cost a token or two."""
+    budget = length - _overhead(tokenizer, frame, needle)
+    while True:
+        cell = _build(tokenizer, frame, haystack.first(budget), needle, percent)
+        excess = len(cell.ids) - length
+        if excess <= 0:
+            return cell
+        budget -= excess
+
+
+def _build(
+    tokenizer: PreTrainedTokenizerBase, frame: _Frame, hay: str, needle: Needle, percent: float
+) -> _Prompt:
+    target = _characters(tokenizer, hay, percent)
+    at = max(end for end in [0, *corpus.sentence_ends(hay)] if end <= target)
+    # At full depth nothing stands behind the needle, not even the beginning of a sentence.
+    left, right = hay[:at], "" if percent == 100 else hay[at:]
+    context = f"{left} {needle.text}{right}" if left else f"{needle.text} {right}"
+    template = frame.text(context, needle)
+    prompt = template + frame.joint
+    whole = encode(tokenizer, prompt + needle.answer)
+    needle_at = template.index(needle.text)
+    question_at = template.rindex(needle.question)
+    source_at = needle_at + needle.text.index(f" {needle.answer}") + 1
+    answer = whole.tokens_in(len(prompt), len(whole.text))
+    _refuse_straddling(whole, answer[0], len(prompt))
+    source = whole.tokens_in(source_at, source_at + len(needle.answer))
+    needle_span = whole.tokens_in(needle_at, needle_at + len(needle.text))
+    context_at = template.index(context)
+    context_span = whole.tokens_in(context_at, context_at + len(context))
+    hay_tokens = context_span[1] - context_span[0] - (needle_span[1] - needle_span[0])
+    shift = len(frame.prefix.ids)
+    keys = _align(whole, answer, len(prompt), source, source_at)
+    if sum(key != NONE for key in keys) < LEAST_ALIGNED * len(keys):
+        raise RequestError(
+            f"Needle {needle.name!r}: {sum(key == NONE for key in keys)} of {len(keys)} answer tokens are "
+            "cut differently in the needle with this tokenizer, too many to follow; use another needle."
+        )
+    spans = {
+        "context": context_span,
+        "needle": needle_span,
+        "answer_in_needle": source,
+        "question": whole.tokens_in(question_at, question_at + len(needle.question)),
+        "answer": answer,
+    }
+    return _Prompt(
+        ids=(*frame.prefix.ids, *whole.ids),
+        text=whole.text,
+        answer_start=answer[0] + shift,
+        answer_keys=tuple(key + shift if key != NONE else NONE for key in keys),
+        spans={name: (first + shift, last + shift) for name, (first, last) in spans.items()},
+        depth=100 * (needle_span[0] - context_span[0]) / max(hay_tokens, 1),
+    )
+
+
+def _characters(tokenizer: PreTrainedTokenizerBase, hay: str, percent: float) -> int:
+    """The character at a share of the tokens."""
+    offsets = encode(tokenizer, hay).offsets
+    token = int(len(offsets) * percent / 100)
+    return offsets[token][0] if token < len(offsets) else len(hay)
+
+
+def _refuse_straddling(whole: Encoded, token: int, start: int) -> None:
+    if whole.offsets[token][0] < start:
+        first, last = whole.offsets[token]
+        raise RequestError(
+            f"The tokenizer joins the prompt's end and the answer's start in one token "
+            f"({whole.text[first:last]!r}), so nothing can be decoded from the prompt alone; pass the other "
+            "setting of chat."
+        )
+
+
+def _align(
+    whole: Encoded, answer: tuple[int, int], answer_at: int, source: tuple[int, int], source_at: int
+) -> list[int]:
+    """For each answer token the token of the needle with the same id at the same characters."""
+    places = {
+        (whole.offsets[key][0] - source_at, whole.offsets[key][1] - source_at): key for key in range(*source)
+    }
+    keys = []
+    for token in range(*answer):
+        first, last = whole.offsets[token]
+        key = places.get((first - answer_at, last - answer_at), NONE)
+        keys.append(key if key != NONE and whole.ids[key] == whole.ids[token] else NONE)
+    return keys
+
+
+def _assemble(
+    tokenizer: PreTrainedTokenizerBase,
+    frame: _Frame,
+    cells: Sequence[_Prompt],
+    answers: tuple[str, ...],
+    info: tuple[dict[str, Value], ...],
+    seed: int,
+    settings: dict[str, object],
+) -> Task:
+    pad = padding_id(tokenizer)
+    batch = Batch.from_ids([cell.ids for cell in cells], pad_id=pad, texts=[cell.text for cell in cells])
+    most = max(len(cell.answer_keys) for cell in cells)
+    positions, keys = (torch.full((len(cells), most), NONE) for _ in range(2))
+    for index, cell in enumerate(cells):
+        n = len(cell.answer_keys)
+        positions[index, :n] = torch.arange(cell.answer_start - 1, cell.answer_start - 1 + n)
+        keys[index, :n] = torch.tensor(cell.answer_keys)
+    ids = torch.where(positions == NONE, NONE, batch.ids.gather(1, positions.clamp(min=0) + 1))
+    how = "in a chat turn" if frame.chat else "as plain text"
+    return Task(
+        name="needle",
+        caption=(
+            f"{len(cells)} prompts that hide a needle in prose from pydoc's topics and ask for it {how} "
+            f"(up to {max(settings['lengths'])} tokens); {frame.prefix.policy}."  # type: ignore[call-overload]
+        ),
+        seed=seed,
+        batch=batch,
+        specials=frame.prefix.policy,
+        answer_ids=ids,
+        answer_positions=positions,
+        answer_keys=keys,
+        spans={name: torch.tensor([cell.spans[name] for cell in cells]) for name in cells[0].spans},
+        keys={"needle": _per_query(batch, positions, keys)},
+        decoding=Batch.from_ids([cell.ids[: cell.answer_start] for cell in cells], pad_id=pad, side="left"),
+        answers=answers,
+        settings=settings,
+        info=info,
+    )
+
+
+def _per_query(
+    batch: Batch, positions: Int[Tensor, "prompt answer"], keys: Int[Tensor, "prompt answer"]
+) -> Int[Tensor, "prompt query 1"]:
+    table = torch.full((*batch.ids.shape, 1), NONE)
+    prompt, answer = (keys != NONE).nonzero(as_tuple=True)
+    table[prompt, positions[prompt, answer], 0] = keys[prompt, answer]
+    return table
