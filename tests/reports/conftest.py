@@ -1,6 +1,7 @@
-"""A synthetic run with the shape of a demo on a 30-layer, 9-head model; all numbers are made here from one seed.
+"""A synthetic run with the shape of a demo on a 30-layer, 9-head model; all numbers are made here.
 
-It obeys the run schema but belongs to no model. `SyntheticRun` offers what a report reads of a run and nothing more.
+It obeys the run schema but belongs to no model. `SyntheticRun` offers what a report reads of a run and
+nothing more.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import xarray as xr
 
 LAYERS, HEADS = 30, 9
 TEXT = (
-    "The| harbour| master| wrote| down| the| code| for| the| blue| gate|:| Kest|rel|-|seven|.|\n|Later| that| evening"
-    "| a| pilot| asked| for| it|,| and| she| answered|:| Kest|rel|-|seven|."
+    "The| harbour| master| wrote| down| the| code| for| the| blue| gate|:| Kest|rel|-|seven|.|\n|Later"
+    "| that| evening| a| pilot| asked| for| it|,| and| she| answered|:| Kest|rel|-|seven|."
 )
 TOKENS = ["<|endoftext|>", *TEXT.split("|")]
 
@@ -57,79 +58,41 @@ class SyntheticRun:
         return replace(self, frames=kept, datasets=arrays)
 
 
-# detector: title, measures, unit, threshold, paper, url, caption, positions
-DETECTORS: dict[str, tuple[str, str, str, float, str, str, str, str]] = {
-    "sink": (
-        "Attention sink",
-        "attention mass on position 0",
-        "share of attention",
-        0.3,
-        "Gu et al. 2024",
-        "https://arxiv.org/abs/2410.10781",
-        "Mean attention from all queries to position 0 on 100 natural sequences of 64 tokens.",
-        "all queries",
-    ),
-    "previous_token": (
-        "Previous token",
-        "attention to the token just before the query",
-        "share of attention",
-        0.4,
-        "Olsson et al. 2022",
-        "https://arxiv.org/abs/2209.11895",
-        "Mean attention at offset -1 on natural text.",
-        "all queries but the first",
-    ),
-    "duplicate_token": (
-        "Duplicate token",
-        "attention to an earlier copy of the query token",
-        "share of attention",
-        0.4,
-        "Wang et al. 2022",
-        "https://arxiv.org/abs/2211.00593",
-        "Mean attention to the same token in the first copy, on repeated random tokens.",
-        "second copy",
-    ),
-    "induction": (
-        "Induction",
-        "attention to the token after an earlier copy",
-        "share of attention",
-        0.4,
-        "Olsson et al. 2022",
-        "https://arxiv.org/abs/2209.11895",
-        "Mean attention to the token that followed the same token before, on repeated random tokens.",
-        "second copy",
-    ),
-    "retrieval": (
-        "Copy-paste retrieval",
-        "how often the top key is the needle token being copied",
-        "share of needle tokens",
-        0.1,
-        "Wu et al. 2024",
-        "https://arxiv.org/abs/2404.15574",
-        "Share of needle tokens that the head attends to most while the model copies them, needle grid of 6 x 5.",
-        "queries before answer tokens",
-    ),
-    "entropy": (
-        "Entropy",
-        "spread of attention over keys",
-        "nats",
-        float("nan"),
-        "Clark et al. 2019",
-        "https://arxiv.org/abs/1906.04341",
-        "Mean entropy of attention rows on natural text of 512 tokens.",
-        "all queries",
-    ),
-    "active_dormant": (
-        "Active-dormant contrast",
-        "difference of first-token mass between prose and code",
-        "share of attention",
-        float("nan"),
-        "Guo et al. 2024",
-        "https://arxiv.org/abs/2410.13835",
-        "First-token mass on prose minus first-token mass on code.",
-        "all queries",
-    ),
-}
+MASS, SHARE = "attention mass", "share"
+TEXTS, REPEATS = (
+    "100 texts of 64 tokens",
+    "10 prompts of 50 random tokens, three times",
+)
+# detector | title | what it measures | unit | threshold | better | paper | arXiv | positions | prompts
+DETECTORS = f"""
+sink | Attention sink | share of prompts in which position 0 draws more than 0.3 of attention | {SHARE}\
+ | 0.5 | higher | Gu et al. 2025, When attention sink emerges | 2410.10781 | all queries | {TEXTS}
+previous_token | Previous token | mean attention to the token just before | {MASS}\
+ | 0.4 | higher | Olsson et al. 2022, Induction heads | 2209.11895 | all queries but the first | {REPEATS}
+duplicate_token | Duplicate token | mean attention to the earlier copy of the query's token | {MASS}\
+ | 0.2 | higher | Wang et al. 2022, Interpretability in the wild | 2211.00593 | second copy | {REPEATS}
+induction | Induction | mean attention to the token after the earlier copy | {MASS}\
+ | 0.4 | higher | Olsson et al. 2022, Induction heads | 2209.11895 | second copy | {REPEATS}
+retrieval | Retrieval (copy-paste) | share of the needle's tokens that were the top key when due | {SHARE}\
+ | 0.1 | higher | Wu et al. 2024, Retrieval head | 2404.15574 | answer rows | a grid of 10 needles
+retrieval_greedy | Retrieval (greedy) | the same while the model writes by itself | {SHARE}\
+ | 0.1 | higher | Wu et al. 2024, Retrieval head | 2404.15574 | decoding steps | no accepted trial
+entropy | Entropy | mean entropy of a row of attention | nats\
+ | nan | lower | Clark et al. 2019, What does BERT look at? | 1906.04341 | all queries but the first | {TEXTS}
+active_dormant | Active-dormant contrast | first-token share on prose less that on code | {MASS}\
+ | 0.1 | either | Guo et al. 2024, Active-dormant heads | 2410.13835 | later queries | 50 texts of each
+"""
+
+
+def _detectors() -> pd.DataFrame:
+    rows = []
+    for line in DETECTORS.strip().splitlines():
+        name, title, measures, unit, bar, better, paper, arxiv, where, on = map(str.strip, line.split(" | "))
+        caption = f"{measures[0].upper()}{measures[1:]}. Measured on {on}."
+        link = f"https://arxiv.org/abs/{arxiv}"
+        rows.append((name, title, measures, unit, float(bar), paper, link, caption, where, better))
+    columns = "detector title measures unit threshold paper url caption positions better".split()
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _grids(rng: np.random.Generator) -> dict[str, np.ndarray[Any, Any]]:
@@ -144,7 +107,8 @@ def _grids(rng: np.random.Generator) -> dict[str, np.ndarray[Any, Any]]:
         "previous_token": np.clip(few[0] * rest + 0.03, 0, 1),
         "duplicate_token": few[1] * 0.6,
         "induction": few[2] * (depth > 0.2),
-        "retrieval": few[3] * 0.4 * (depth > 0.25),
+        "retrieval": np.round(few[3] * 0.4 * (depth > 0.25) * 50) / 50,
+        "retrieval_greedy": np.full(shape, np.nan),
         "entropy": 0.3 + 4.8 * rest * rng.beta(5, 3, shape),
         "active_dormant": rng.normal(0, 0.05, shape),
     }
@@ -165,86 +129,80 @@ def _grids(rng: np.random.Generator) -> dict[str, np.ndarray[Any, Any]]:
         grids[name][layer, head] = value
         if name in ("previous_token", "induction"):
             grids["sink"][layer, head] = min(grids["sink"][layer, head], 0.95 - value)
+    # a share of prompts: most heads of the deeper layers are sinks on every one
+    grids["sink"] = np.round(np.clip((grids["sink"] - 0.25) * 2.2, 0, 1), 2)
     return grids
 
 
 def _scores(rng: np.random.Generator, grids: dict[str, np.ndarray[Any, Any]]) -> pd.DataFrame:
     rows = []
     for name, grid in grids.items():
-        null = 1.4 if name == "entropy" else 0.0 if name == "active_dormant" else 0.031
-        for layer in range(LAYERS):
-            for head in range(HEADS):
-                value = float(grid[layer, head])
-                half = 0.012 + 0.05 * abs(value) * float(rng.random())
-                strength = abs(value - null)
-                p = float(np.clip(np.exp(-strength * 60) * rng.random(), 0.0005, 1))
-                rows.append(
-                    (
-                        "synthetic/30x9",
-                        name,
-                        layer,
-                        head,
-                        value,
-                        value - half,
-                        value + half,
-                        100,
-                        null,
-                        p,
-                        0.0,
-                    )
-                )
-    columns = "model detector layer head value low high n null p q".split()
+        null = 2.9 if name == "entropy" else 0.0 if name == "active_dormant" else 0.031
+        for (layer, head), found in np.ndenumerate(grid):
+            value = float(found)
+            half = 0.012 + 0.05 * abs(value) * float(rng.random())
+            p = float(np.clip(np.exp(-abs(value - null) * 60) * rng.random(), 0.0005, 1))
+            count = 100 if np.isfinite(value) else 0
+            rows.append((name, layer, head, value, value - half, value + half, count, null, p))
+    columns = "detector layer head value low high n null p".split()
     frame = pd.DataFrame(rows, columns=columns)
     order = frame["p"].rank(method="first")
-    return frame.assign(q=(frame["p"] * len(frame) / order).clip(upper=1.0))
+    return frame.assign(model="synthetic/30x9", q=(frame["p"] * len(frame) / order).clip(upper=1.0))
+
+
+# detector, heads, metric, baseline, effect, half width, mean and spread of the controls, p, q
+ABLATIONS = (
+    ("induction", "L18H6", "induction_loss", 1.21, 0.11, 0.06, 0.02, 0.09, 0.09, 0.12),
+    ("induction", "L18H6 L20H1 L11H4 L22H8", "induction_loss", 1.21, 1.37, 0.16, 0.05, 0.06, 0.001, 0.004),
+    ("retrieval", "L18H6 L21H0 L24H3 L11H4", "needle_recall", 0.84, -0.51, 0.08, -0.03, 0.04, 0.001, 0.004),
+    ("previous_token", "L3H5 L1H2", "induction_loss", 1.21, 0.64, 0.11, 0.04, 0.07, 0.002, 0.005),
+    ("duplicate_token", "L2H7 L5H1 L6H3 L9H2", "needle_recall", 0.84, -0.02, 0.05, -0.03, 0.04, 0.62, 0.62),
+    ("sink", "L14H2 L15H1 L17H7 L19H3", "held_out_loss", 3.02, 0.018, 0.012, 0.03, 0.02, 0.7, 0.7),
+)
+METRICS = {
+    "induction_loss": ("nats per token", "lower", "Random tokens, twice; 8 prompts of 50."),
+    "needle_recall": ("ROUGE-1 recall", "higher", "A fact in a text of 128 tokens, at 3 depths."),
+    "held_out_loss": ("nats per token", "lower", "Prose and code, 8 texts of 64 tokens each."),
+}
 
 
 def _verification(rng: np.random.Generator) -> tuple[pd.DataFrame, pd.DataFrame]:
-    # detector, k, heads, metric, unit, better, baseline, effect, half width, control mean, spread, p, q
-    cases = [
-        ("induction", 1, "L18H6", "loss on the second copy", "nats", "lower", 1.21, 0.11, 0.06, 0.02, 0.09, 0.09, 0.12),
-        ("induction", 4, "L18H6 L20H1 L11H4 L22H8", "loss on the second copy", "nats", "lower", 1.21, 1.37, 0.16, 0.05, 0.06, 0.001, 0.004),
-        ("retrieval", 4, "L18H6 L21H0 L24H3 L11H4", "needle recall", "share", "higher", 0.84, -0.51, 0.08, -0.03, 0.04, 0.001, 0.004),
-        ("previous_token", 2, "L3H5 L1H2", "loss on the second copy", "nats", "lower", 1.21, 0.64, 0.11, 0.04, 0.07, 0.002, 0.005),
-        ("duplicate_token", 4, "L2H7 L5H1 L6H3 L9H2", "needle recall", "share", "higher", 0.84, -0.02, 0.05, -0.03, 0.04, 0.62, 0.62),
-        ("sink", 8, "L14H2 L15H1 L17H7 L19H3 L21H5 L22H4 L23H1 L25H6", "held-out loss", "nats", "lower", 3.02, 0.018, 0.012, 0.03, 0.02, 0.7, 0.7),
-    ]  # fmt: skip
     rows, draws = [], []
-    for detector, k, heads, metric, unit, better, base, effect, half, mean, spread, p, q in cases:
+    for detector, heads, metric, base, effect, half, mean, spread, p, q in ABLATIONS:
+        (unit, better, caption), k = METRICS[metric], len(heads.split())
         drawn = rng.normal(mean, spread, 20)
-        low, high = np.quantile(drawn, [0.025, 0.975])
-        rows.append(
-            (detector, k, heads, "mean", metric, unit, better, base, base + effect, effect, effect - half)
-            + (effect + half, float(drawn.mean()), float(low), float(high), 20, p, q, 64)
-        )
+        own = {"detector": detector, "k": k, "heads": heads, "how": "mean", "metric": metric, "unit": unit}
+        found = {"baseline": base, "ablated": base + effect, "effect": effect, "low": effect - half}
+        control = {"control_effect": drawn.mean(), "control_low": np.quantile(drawn, 0.025)}
+        control["control_high"] = np.quantile(drawn, 0.975)
+        tests = {"high": effect + half, "draws": 20, "p": p, "q": q, "n": 64, "caption": caption}
+        rows.append({**own, "better": better, **found, **control, **tests})
         for index, value in enumerate(drawn):
             named = " ".join(f"L{rng.integers(LAYERS)}H{rng.integers(HEADS)}" for _ in range(k))
             draws.append((detector, k, metric, index, named, base + float(value), float(value)))
-    columns = (
-        "detector k heads how metric unit better baseline ablated effect low high "
-        "control_effect control_low control_high draws p q n"
-    )
-    return pd.DataFrame(rows, columns=columns.split()), pd.DataFrame(
-        draws, columns="detector k metric draw heads value effect".split()
-    )
+    columns = "detector k metric draw heads value effect".split()
+    return pd.DataFrame(rows), pd.DataFrame(draws, columns=columns)
 
 
 def _curves(rng: np.random.Generator) -> pd.DataFrame:
     rows = []
     positions = np.unique(np.geomspace(1, 511, 80).astype(int))
     for detector, layer, head, statistic, level in (
-        ("sink", 14, 2, "first_1", 0.96),
+        ("sink", 14, 2, "first_1, prose", 0.96),
         ("previous_token", 3, 5, "offset_-1", 0.94),
         ("previous_token", 3, 5, "first_1", 0.02),
-        ("induction", 18, 6, "induction mass", 0.91),
+        ("induction", 18, 6, "induction_key", 0.91),
         ("induction", 18, 6, "first_1", 0.05),
-        ("induction", 20, 1, "induction mass", 0.78),
-        ("induction", 11, 4, "induction mass", 0.62),
-        ("retrieval", 21, 0, "needle mass", 0.41),
+        ("induction", 20, 1, "induction_key", 0.78),
+        ("induction", 11, 4, "induction_key", 0.62),
+        ("retrieval", 21, 0, "needle_key", 0.41),
         ("entropy", 0, 3, "entropy", 4.2),
-        ("active_dormant", 16, 4, "first_1", 0.6),
+        ("active_dormant", 16, 4, "first_1, prose", 0.6),
+        ("active_dormant", 16, 4, "first_1, code", 0.2),
     ):
-        shape = level * (1 - np.exp(-positions / 20)) if statistic != "first_1" else level * positions**-0.05
+        shape = (
+            level * (1 - np.exp(-positions / 20)) if "first" not in statistic else level * positions**-0.05
+        )
         noisy = np.clip(shape + rng.normal(0, 0.015 * level, positions.size), 0, None)
         top = 1.0 if statistic != "entropy" else np.inf
         rows += [
@@ -270,7 +228,7 @@ def _patterns(rng: np.random.Generator, tokens: list[str]) -> xr.Dataset:
     size = len(tokens)
     heads = [(14, 2), (3, 5), (18, 6), (20, 1), (21, 0)]
     patterns = np.zeros((len(heads), size, size), dtype=np.float32)
-    for index, (layer, head) in enumerate(heads):
+    for index, (layer, _) in enumerate(heads):
         logits = rng.normal(0, 0.8, (size, size))
         logits[:, 0] += 5.5 if layer == 14 else 2.5
         for query in range(size):
@@ -357,10 +315,6 @@ def make_run(tokens: list[str] | None = None, seed: int = 0) -> SyntheticRun:
     grids = _grids(rng)
     tokens = tokens or TOKENS
     verification, draws = _verification(rng)
-    columns = "title measures unit threshold paper url caption positions".split()
-    detectors = pd.DataFrame(
-        [(name, *row) for name, row in DETECTORS.items()], columns=["detector", *columns]
-    )
     examples = [("needle", i, i, text) for i, text in enumerate(tokens)]
     info = [
         ("needle", "A code word, asked for later", "The last tokens copy the code word from the first line.")
@@ -369,7 +323,7 @@ def make_run(tokens: list[str] | None = None, seed: int = 0) -> SyntheticRun:
         manifest=_manifest(),
         frames={
             "head_scores": _scores(rng, grids),
-            "detectors": detectors,
+            "detectors": _detectors(),
             "verification": verification,
             "verification_draws": draws,
             "position_curves": _curves(rng),

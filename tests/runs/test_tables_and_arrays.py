@@ -55,6 +55,8 @@ def test_special_columns(out):
     assert found["time"].equals(frame["time"].reset_index(drop=True))
     assert found["small"].dtype == np.float32
     assert found["whole"].isna().tolist() == [False, True, False]
+    # Whatever pandas called the column, a reader gets the same plain type.
+    assert found["whole"].dtype == np.float64
     assert list(found.index) == [0, 1, 2]
 
 

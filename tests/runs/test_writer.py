@@ -16,6 +16,7 @@ import pytest
 
 from workbench.errors import RequestError, RunCorrupt, RunError, RunLocked, RunTooNew
 from workbench.runs import Run, RunWriter, writer
+from workbench.runs.disk import write_atomically
 from workbench.runs.lock import Lock
 
 FRAME = pd.DataFrame({"layer": [0, 1], "value": [0.5, np.nan], "text": ["é\n<b>", None]})
@@ -506,6 +507,16 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch, job)
     assert len(needed) > 10
     assert needed <= at_rename[0]
     assert tmp_path.stat().st_ino in synced
+
+
+def test_a_replaced_text_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    order: list[object] = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (fsync(fd), order.append(os.fstat(fd).st_ino)))
+    monkeypatch.setattr(Path, "replace", lambda self, to: (order.append("rename"), replace(self, to)))
+    write_atomically(tmp_path / "text", "é")
+    assert order == [(tmp_path / "text").stat().st_ino, "rename", tmp_path.stat().st_ino]
+    assert (tmp_path / "text").read_text(encoding="utf-8") == "é"
 
 
 def test_a_step_is_noted_after_its_files_are_on_the_disk(tmp_path, monkeypatch, job):

@@ -1,8 +1,8 @@
 """Ablation chart: the effect of ablating a detector's top heads against draws of matched random heads.
 
-One row an ablation, one panel a metric (units differ). Grey points are the single draws, the grey bar their 95 %
-range; the diamond is the effect of the detector's heads with its bootstrap interval, filled where the effect is
-shown and hollow where it is not, e.g. inside the control range.
+One row an ablation, one panel a metric (units differ). Grey points are the single draws, the grey bar their
+95 % range; the diamond is the effect of the detector's heads with its bootstrap interval, filled where the
+effect is shown and hollow where it is not, e.g. inside the control range.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def _caption(rows: pd.DataFrame) -> str:
     over = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}" if sizes else "the"
     count = f"{drawn[0]} draws" if len(drawn) == 1 else "draws"
     return (
-        f"Change of each task metric when a detector's top heads are ablated, mean over {over} prompts with a 95 % "
-        f"bootstrap interval, beside {count} of as many random heads from the same layers. A filled diamond is an "
-        "effect outside the range of the draws with q below 0.05; a hollow one is not."
+        f"Change of each task metric when a detector's top heads are ablated, mean over {over} prompts with "
+        f"a 95 % bootstrap interval, beside {count} of as many random heads from the same layers. A filled "
+        "diamond is an effect outside the range of the draws with q below 0.05; a hollow one is not."
     )

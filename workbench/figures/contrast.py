@@ -1,7 +1,7 @@
 """Domain contrast: one point a head, its statistic on one kind of text against the other.
 
-Heads on the diagonal behave alike on both; heads far from it switch with the domain (active on one, dormant on
-the other). The farthest are labelled and carry their intervals.
+Heads on the diagonal behave alike on both; heads far from it switch with the domain (active on one, dormant
+on the other). The farthest are labelled and carry their intervals.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def domain_scatter(
     labelled: int = 6,
     dark: bool = False,
 ) -> go.Figure:
-    """`domains[0]` along x against `domains[1]` along y; the `labelled` heads farthest from the diagonal by name."""
+    """`domains[0]` across, `domains[1]` up; the `labelled` heads farthest from the diagonal are named."""
     wide = _wide(contrast, domains)
     far = wide.sort_values("gap", key=np.abs, ascending=False).head(labelled)
     rest = wide.drop(far.index)
@@ -63,8 +63,8 @@ def domain_scatter(
     sizes = f" over {counts[0]} prompts of each kind" if len(counts) == 1 else ""
     return with_caption(
         figure,
-        f"Mean {statistic} of every head on {domains[0]} (across) and on {domains[1]} (up){sizes}; bars are 95 % "
-        f"intervals of the {len(far)} heads farthest from the diagonal.",
+        f"Mean {statistic} of every head on {domains[0]} (across) and on {domains[1]} (up){sizes}; bars are "
+        f"95 % intervals of the {len(far)} heads farthest from the diagonal.",
     )
 
 

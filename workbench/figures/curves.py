@@ -1,8 +1,8 @@
 """Position curves: a statistic of a head over the query position, the evidence behind a score.
 
-Statistics that are fractions (all values in 0..1) share a panel; every other statistic has its own, since nats and
-norms do not fit one axis. The position axis is logarithmic for long prompts, counted from 1 there so that the
-first query stays on it.
+Statistics that are fractions (all values in 0..1) share a panel; every other statistic has its own, since
+nats and norms do not fit one axis. The position axis is logarithmic for long prompts, counted from 1 there
+so that the first query stays on it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from workbench.errors import RequestError
-from workbench.figures.text import safe, readable, with_caption
+from workbench.figures.text import readable, safe, with_caption
 from workbench.figures.theme import palette, template
 
 Array = np.ndarray[Any, Any]
@@ -41,8 +41,8 @@ def position_curves(
 ) -> go.Figure:
     """Lines of `value` over `position`, one for each head, detector and statistic of the table.
 
-    `heads` keeps only those (layer, head); `log=None` takes the logarithmic axis where the longest curve passes
-    200 positions; `labels` gives detectors their titles.
+    `heads` keeps only those (layer, head); `log=None` takes the logarithmic axis where the longest curve
+    passes 200 positions; `labels` gives detectors their titles.
     """
     rows = _chosen(curves, heads)
     panels, fractions = _panels(rows)
@@ -68,6 +68,7 @@ def position_curves(
         height=_PANEL_PIXELS * len(panels) + 70,
         margin={"l": 52, "r": 12, "t": 34, "b": 44},
         hovermode="x unified",
+        showlegend=True,
     )
     return with_caption(figure, caption or _caption(rows))
 
@@ -85,7 +86,7 @@ def _chosen(curves: pd.DataFrame, heads: Sequence[tuple[int, int]] | None) -> pd
 
 
 def _panels(rows: pd.DataFrame) -> tuple[list[list[str]], bool]:
-    """Statistic names, panel by panel: all fractions first, then each other one alone; are there fractions?"""
+    """Statistics, panel by panel: all fractions first, then each other one alone; are there fractions?"""
     shares: list[str] = []
     alone: list[list[str]] = []
     for name, part in rows.groupby("statistic", sort=False):

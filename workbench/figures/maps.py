@@ -1,9 +1,9 @@
 """Layer x head maps: one cell a head, coloured by a detector's score.
 
-Layer 0 is the top row, so that a map reads downwards as the model computes. The scale starts at 0 and ends at the
-largest score; scores of both signs get a diverging scale around 0. The published threshold, where there is one, is
-a tick of the colour bar, and a ring marks the strongest head. Works for any number of layers and heads, also where
-layers have different numbers of heads (cells that do not exist stay empty).
+Layer 0 is the top row, so that a map reads downwards as the model computes. The scale starts at 0 and ends
+at the largest score; scores of both signs get a diverging scale around 0. The published threshold, where
+there is one, is a tick of the colour bar, and a ring marks the strongest head. Works for any number of
+layers and heads, also where layers have different numbers of heads (cells that do not exist stay empty).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def head_map(
 ) -> go.Figure:
     """The map of one detector.
 
-    `scores` is a head-score table (of several detectors or only this one); `info` is the detector's row of the
-    detector table: title, unit, threshold and caption.
+    `scores` is a head-score table (of several detectors or only this one); `info` is the detector's row of
+    the detector table: title, unit, threshold and caption.
     """
     known = dict(info or {})
     rows = _rows_of(scores, detector)
@@ -70,7 +70,8 @@ def head_maps(
 ) -> go.Figure:
     """Maps of several detectors as small multiples, each with a scale of its own.
 
-    `detectors` is the detector table or a list of names; without it, all detectors in the order of the scores.
+    `detectors` is the detector table or a list of names; without it, all detectors in the order of the
+    scores.
     """
     known = _catalogue(scores, detectors)
     if not known:
@@ -104,7 +105,7 @@ def head_maps(
 
 
 def map_caption(rows: pd.DataFrame, detector: str, info: Mapping[str, Any]) -> str:
-    """What a map shows: the detector's own caption, else its name, and how many prompts stand behind a cell."""
+    """What a map shows: the detector's own caption, else its name, and the number of prompts."""
     said = str(info.get("caption") or f"Score of the detector {detector!r} for each head.")
     sizes = sorted({int(n) for n in rows["n"].dropna()}) if "n" in rows else []
     counted = f" n = {sizes[0]} prompts." if len(sizes) == 1 else ""
@@ -156,7 +157,7 @@ def _grid(rows: pd.DataFrame) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any
             interval(row.get("low"), row.get("high"), 3) or "–",
             number(row.get("null"), 3),
             probability(row.get("q")),
-            number(row.get("n"), 0),
+            number(row.get("n"), places=0),
         ]
     return values, hover
 

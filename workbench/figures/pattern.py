@@ -1,8 +1,8 @@
 """Pattern map: the full attention pattern of one head on a short prompt, query x key.
 
-Position 0 is left out of the colour range: it is where unused attention goes, often nine tenths of it, and would
-wash out the rest. Its column is drawn on the same scale (saturated where it exceeds it) and the hover has the value.
-Keys after the query are masked in a causal model, so cells above the diagonal stay empty.
+Position 0 is left out of the colour range: it is where unused attention goes, often nine tenths of it, and
+would wash out the rest. Its column is drawn on the same scale (saturated where it exceeds it) and the hover
+has the value. Keys after the query are masked in a causal model, so cells above the diagonal stay empty.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MOST_TICKS = 72
 def pattern_map(
     pattern: Any, tokens: Sequence[str], *, head: tuple[int, int] | None = None, dark: bool = False
 ) -> go.Figure:
-    """`pattern` is `[query, key]` (a labelled array or anything that converts), `tokens` the text of each position."""
+    """`pattern` is `[query, key]`, a labelled array or what converts to one; `tokens` are their texts."""
     values = np.asarray(pattern, dtype=np.float32)
     count = len(tokens)
     if values.ndim != 2 or values.shape[0] < count or values.shape[1] < count:
@@ -67,13 +67,13 @@ def pattern_map(
     )
     return with_caption(
         figure,
-        f"Attention of {title or 'one head'} on a prompt of {count} tokens: each row is a query token, each column a "
-        "key token. Position 0 is left out of the colour range.",
+        f"Attention of {title or 'one head'} on a prompt of {count} tokens: each row is a query token, each "
+        "column a key token. Position 0 is left out of the colour range.",
     )
 
 
 def colour_range(pattern: Any) -> float:
-    """The top of the colour scale: the largest attention to any key but position 0 (1 for a one-token prompt)."""
+    """The top of the colour scale: the largest attention to any key but position 0 (1 for a lone token)."""
     values = np.asarray(pattern, dtype=np.float32)[:, 1:]
     finite = values[np.isfinite(values)]
     return float(finite.max()) if finite.size and finite.max() > 0 else 1.0

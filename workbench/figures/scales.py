@@ -41,14 +41,14 @@ class Scale:
 
 
 def strength(values: Array, better: object) -> Array:
-    """Values turned so that the strongest is the largest: some detectors look for small ones, some for either."""
+    """Values turned so that the strongest is the largest; detectors may seek low ones, or either sign."""
     if better == "lower":
         return -values
     return np.abs(values) if better == "either" else values
 
 
 def scale_for(values: Array, info: Mapping[str, Any], colours: Palette) -> Scale:
-    """From 0 to the largest value; around 0 where values have both signs; the threshold as a tick of its own."""
+    """From 0 to the largest value, around 0 where values have both signs; the threshold has its own tick."""
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     both_signs = low < -0.05 * max(high, 1e-9)

@@ -1,11 +1,11 @@
 """One look for all figures: two palettes (light, dark) and the plotly template made from each.
 
-Nothing is registered with plotly and no default is changed: `template(dark)` builds a new object that a figure
-carries in `layout.template`. The reports take their style sheet's colours from the same palettes.
+Nothing is registered with plotly and no default is changed: `template(dark)` builds a new object that a
+figure carries in `layout.template`. The reports take their style sheet's colours from the same palettes.
 
-The sequential scale was interpolated in OKLCH so that lightness runs in one direction from end to end: it stays
-ordered in every kind of colour blindness and in print. Series colours are Okabe and Ito's (2008), some of them
-darkened or lightened until they reach a contrast of 3:1 on the page.
+The sequential scale was interpolated in OKLCH so that lightness runs in one direction from end to end: it
+stays ordered in every kind of colour blindness and in print. Series colours are Okabe and Ito's (2008),
+some of them darkened or lightened until they reach a contrast of 3:1 on the page.
 """
 
 from __future__ import annotations

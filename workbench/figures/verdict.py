@@ -1,7 +1,7 @@
 """What an ablation showed, decided from its row by fixed rules, so that every page says the same.
 
-An effect is *shown* where it lies outside the range of matched random draws, its own interval leaves out zero, q is
-below 0.05 and the metric got worse. Every other outcome has its own word; none is left out.
+An effect is *shown* where it lies outside the range of matched random draws, its own interval leaves out
+zero, q is below 0.05 and the metric got worse. Every other outcome has its own word; none is left out.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 
 from workbench.errors import RequestError
-from workbench.heads.detector import Detector, Kind, Part, PromptScores
+from workbench.heads.detector import Array, Detector, Kind, Part, PromptScores, rows_mean, traced
 from workbench.heads.detectors import DETECTORS
+from workbench.heads.detectors.text import later_rows
 from workbench.heads.inference import bootstrap_difference, bootstrap_mean, paired_p, q_values, unpaired_p
 from workbench.models import Head
 from workbench.tasks import Task, needle_grid, repeated_tokens, text_domains
@@ -33,7 +34,7 @@ class Settings:
     repeat_length: int = 50
     repeat_copies: int = 3
     needle_lengths: tuple[int, ...] = (160, 256)
-    needle_depths: int = 5
+    needle_depths: int = 3
     greedy_lengths: tuple[int, ...] = (160,)
 
     def as_dict(self) -> dict[str, Any]:
@@ -44,7 +45,7 @@ class Settings:
 class HeadScores:
     """Scores of all heads by some detectors.
 
-    `table`: model, detector, layer, head, value, low, high, n, null, p, q. `detectors`: what each measured and on
+    `table`: model, detector, layer, head, value, low, high, n, null, p, q, rank (1 is the highest). `detectors`: what each measured and on
     what. `curves`: the course of each detector's own statistic over positions, all heads.
     """
 
@@ -58,7 +59,7 @@ class HeadScores:
         rows = self.table[self.table.detector == detector]
         if rows.empty:
             raise RequestError(f"No scores of {detector!r}; there are {', '.join(self.table.detector.unique())}.")
-        best = rows.sort_values("value", ascending=False, kind="stable").head(k)
+        best = rows.sort_values("rank").head(k)
         return [Head(int(layer), int(head)) for layer, head in zip(best.layer, best["head"], strict=True)]
 
     @staticmethod
@@ -171,8 +172,17 @@ def _table(model: Model, detector: Detector, found: PromptScores, seed: int) -> 
             "model": model.source.name, "detector": detector.name, "layer": layer, "head": head,
             "value": interval.value, "low": interval.low, "high": interval.high, "n": len(values),
             "null": null_mean, "p": p, "q": q_values(p),
+            "rank": _ranks(interval.value, None if found.ties is None else found.ties[layer, head]),
         }
     )  # fmt: skip
+
+
+def _ranks(values: Array, ties: Array | None) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """1 for the highest score; equal scores by `ties`, then by layer and head."""
+    order = np.lexsort((np.arange(len(values)), np.zeros(len(values)) if ties is None else -ties, -values))
+    ranks = np.empty(len(values), dtype=np.int64)
+    ranks[order] = np.arange(1, len(values) + 1)
+    return ranks
 
 
 def _curves(detector: Detector, parts: Sequence[Part]) -> pd.DataFrame:
@@ -202,9 +212,6 @@ def _curves(detector: Detector, parts: Sequence[Part]) -> pd.DataFrame:
 
 def _domains(parts: Sequence[Part], seed: int) -> pd.DataFrame:
     """First-token share of every head on each domain, with intervals."""
-    from workbench.heads.detector import rows_mean, traced
-    from workbench.heads.detectors.text import later_rows
-
     frames = []
     for part in parts:
         values = rows_mean(traced(part), "first_1", later_rows(part.task))

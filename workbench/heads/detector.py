@@ -32,12 +32,13 @@ class PromptScores:
     """Scores per prompt, `[prompt, layer, head]`, and the same functional where the head's target is not.
 
     For a contrast of two samples (`unpaired`) the null holds the second sample and the score is the difference of
-    means.
+    means. `ties` ranks heads whose scores are equal (an indicator saturates).
     """
 
     values: Float[np.ndarray, "prompt layer head"]
     null: Float[np.ndarray, "other layer head"]
     unpaired: bool = False
+    ties: Float[np.ndarray, "layer head"] | None = None
 
 
 @dataclass(frozen=True)

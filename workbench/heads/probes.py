@@ -3,7 +3,8 @@
 | probe | metrics | prompts |
 | --- | --- | --- |
 | `induction` | induction loss (nats per token), copy accuracy | random tokens, twice |
-| `needle` | needle recall (ROUGE-1 of the greedy answer), log-probability of the gold answer | a fact in a long text |
+| `needle` | needle recall (ROUGE-1 of the greedy answer) | a fact in a long text |
+| `answer` | log-probability of the gold answer, share of its tokens ranked first | the same, teacher-forced |
 | `held_out` | held-out loss (nats per token) | prose and code |
 """
 
@@ -19,6 +20,7 @@ from workbench.errors import RequestError
 from workbench.heads.detector import Array
 from workbench.tasks import (
     ANSWER_LOG_PROBABILITY,
+    ANSWER_MATCH,
     COPY_ACCURACY,
     HELD_OUT_LOSS,
     INDUCTION_LOSS,
@@ -59,11 +61,11 @@ class ProbeSettings:
     """Sizes of the probes' prompts; their seed differs from the detectors', so that no head is tested on what found it."""
 
     seed: int = 1000
-    induction_prompts: int = 8
+    induction_prompts: int = 6
     induction_length: int = 50
     needle_lengths: tuple[int, ...] = (160,)
-    needle_depths: int = 3
-    held_out_prompts: int = 8
+    needle_depths: int = 2
+    held_out_prompts: int = 6
     held_out_length: int = 64
 
 
@@ -101,16 +103,23 @@ def _induction(model: Model, settings: ProbeSettings) -> Probe:
 def _needle(model: Model, settings: ProbeSettings) -> Probe:
     def run(model: Model, task: Task, edits: Sequence[Edit]) -> Mapping[str, Array]:
         assert task.decoding is not None
-        readings = _readings(model, task, edits)
         written = model.generate(task.decoding, int(task.n_answers.max()) + 8, edits=edits).texts
         assert written is not None
-        return {
-            NEEDLE_RECALL.name: _array(NEEDLE_RECALL(written, task.answers)),
-            ANSWER_LOG_PROBABILITY.name: _array(ANSWER_LOG_PROBABILITY(readings)),
-        }
+        return {NEEDLE_RECALL.name: _array(NEEDLE_RECALL(written, task.answers))}
 
-    task = needle_grid(model.tokenizer, settings.needle_lengths, settings.needle_depths, settings.seed)
-    return Probe("needle", (task,), (NEEDLE_RECALL, ANSWER_LOG_PROBABILITY), run)
+    return Probe("needle", (_grid(model, settings),), (NEEDLE_RECALL,), run)
+
+
+def _answer(model: Model, settings: ProbeSettings) -> Probe:
+    def run(model: Model, task: Task, edits: Sequence[Edit]) -> Mapping[str, Array]:
+        readings = _readings(model, task, edits)
+        return {metric.name: _array(metric(readings)) for metric in (ANSWER_LOG_PROBABILITY, ANSWER_MATCH)}
+
+    return Probe("answer", (_grid(model, settings),), (ANSWER_LOG_PROBABILITY, ANSWER_MATCH), run)
+
+
+def _grid(model: Model, settings: ProbeSettings) -> Task:
+    return needle_grid(model.tokenizer, settings.needle_lengths, settings.needle_depths, settings.seed)
 
 
 def _held_out(model: Model, settings: ProbeSettings) -> Probe:
@@ -127,6 +136,7 @@ def _held_out(model: Model, settings: ProbeSettings) -> Probe:
 _BUILDERS: dict[str, Callable[[Model, ProbeSettings], Probe]] = {
     "induction": _induction,
     "needle": _needle,
+    "answer": _answer,
     "held_out": _held_out,
 }
 # Which probe a detector's claim is about: what should suffer if its heads do what their name says.

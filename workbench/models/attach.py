@@ -2,9 +2,9 @@
 
 Nothing of the model is rewritten and nothing process-wide is patched. Under one key we register an attention
 function with transformers' public `AttentionInterface` and a mask function with `AttentionMaskInterface`; an
-`Attachment` selects that key on one model object and restores the previous choice when it is detached or dropped.
-The mask function hands on the two-dimensional padding mask, as the flash one does, so no array of size N x N is
-ever built. Without an observer the function is plain attention in O(N) memory.
+`Attachment` selects that key on one model object and restores the previous choice when it is detached or
+dropped. The mask function hands on the two-dimensional padding mask, as the flash one does, so no array of
+size N x N is ever built. Without an observer the function is plain attention in O(N) memory.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ from workbench.models.architectures import LayerModules, describe, locate
 from workbench.models.spec import Spec
 
 KEY = "attention_workbench"
-# Arguments that transformers passes on to attention functions and that change nothing in what they compute here.
+# Arguments that transformers passes on to attention functions and that change nothing in what they compute.
 _NEUTRAL = frozenset(
-    ["use_cache", "cache_position", "position_ids", "output_attentions", "output_hidden_states", "return_dict",
-     "output_router_logits", "num_items_in_batch", "past_key_values", "layer_idx", "position_embeddings",
-     "logits_to_keep", "layer_past", "head_mask", "token_type_ids", "inputs_embeds", "deterministic"]
-)  # fmt: skip
+    """
+    cache_position deterministic layer_idx logits_to_keep num_items_in_batch output_attentions
+    output_hidden_states output_router_logits past_key_values position_embeddings position_ids return_dict
+    use_cache
+    """.split()
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class AttentionCall:
 
 
 Observer = Callable[[AttentionCall], Tensor]
-# Attention module -> the attachment that watches it (weakly, so that dropping a model frees it) and its layer.
+# Attention module -> the attachment that watches it (weakly, so that dropping it detaches) and its layer.
 _WATCHED: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Attachment], int]] = (
     weakref.WeakKeyDictionary()
 )
@@ -109,17 +111,22 @@ class Attachment:
         self._observer: Observer | None = None
         previous = self.hf_model.config._attn_implementation
         if previous == KEY:
-            raise RequestError("This model is attached already; use that attachment, or detach() it first.")
+            raise RequestError(
+                "This model, or one that shares its configuration object, is attached already; use that "
+                "attachment, detach() it first, or give this model a configuration of its own."
+            )
         _register()
         self.hf_model.set_attn_implementation(KEY)
         if self.hf_model.config._attn_implementation != KEY:
             raise ModelRefused(
-                f"{self.spec.architecture}: {type(hf_model).__name__} does not take its attention from transformers' "
-                "AttentionInterface, so its attention cannot be watched."
+                f"{self.spec.architecture}: {type(hf_model).__name__} does not take its attention from "
+                "transformers' AttentionInterface, so its attention cannot be watched."
             )
         for layer in self.layers:
             _WATCHED[layer.attention] = (weakref.ref(self), layer.index)
         self._restore = weakref.finalize(self, _restore, self.hf_model, previous)
+        # At the end of the process there is nothing left to restore it for.
+        self._restore.atexit = False
 
     @property
     def device(self) -> torch.device:
@@ -135,7 +142,7 @@ class Attachment:
 
     @contextmanager
     def observe(self, observer: Observer) -> Iterator[None]:
-        """Pass every attention call to `observer`, whose return value is the z that the model goes on with."""
+        """Pass every attention call to `observer`; what it returns is the z that the model goes on with."""
         if not self._restore.alive:
             raise RequestError("The model is detached; load it again to trace it.")
         if self._observer is not None:
@@ -165,11 +172,14 @@ def _register() -> None:
 def _padding_mask(
     batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **ignored: Any
 ) -> Tensor | None:
-    """The mask of real tokens `[batch, key]`, or None where all are real; causality and windows need no array."""
+    """The mask of real tokens `[batch, key]`, or None where all are real; nothing else needs an array.
+
+    Under a cache of fixed size it is narrower than the keys; `_bounds` then refuses it.
+    """
     if attention_mask is None:
         return None
     mask = attention_mask[:, -kv_length:].bool()
-    return None if bool(mask.all()) else mask
+    return None if mask.shape[1] == kv_length and bool(mask.all()) else mask
 
 
 def _attention(
@@ -212,8 +222,8 @@ def _watcher(module: nn.Module) -> tuple[Attachment, int]:
     attachment = None if reference is None else reference()
     if attachment is None:
         raise RequestError(
-            f"A {type(module).__name__} runs under {KEY!r} without an attachment (a copy of an attached model?); "
-            "call set_attn_implementation('sdpa') on it, or load it."
+            f"A {type(module).__name__} runs under {KEY!r} without an attachment (a copy of an attached model, "
+            "or one that shares its configuration object?); call set_attn_implementation('sdpa') on it first."
         )
     return attachment, layer
 
@@ -224,7 +234,8 @@ def _bounds(mask: Tensor | None, keys: int) -> tuple[Tensor | None, Tensor | Non
         return None, None
     if mask.ndim != 2 or mask.shape[1] != keys:
         raise RequestError(
-            f"An attention mask of shape {tuple(mask.shape)} for {keys} keys; pass [prompt, key]."
+            f"An attention mask of shape {tuple(mask.shape)} for {keys} keys; pass [prompt, key], and no cache "
+            "of fixed size."
         )
     count = mask.sum(-1)
     start = mask.to(torch.uint8).argmax(-1)

@@ -1,4 +1,4 @@
-"""The detectors of a run in their order, with titles, units and thresholds, whatever the run recorded of them."""
+"""The detectors of a run in their order, with titles, units and thresholds, as far as the run has them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-import pandas as pd
-
 from workbench.figures.scales import strength
 from workbench.reports.source import RunLike, frame
 
+_BETTER = ("higher", "lower", "either")
 # sink, previous token, induction, retrieval: the words by which the detectors named first are known
 _ROLES = (("sink",), ("previous",), ("induction",), ("retriev", "needle", "copy"))
 
@@ -75,7 +74,7 @@ class Catalogue:
         return {d.name: d.title for d in self.detectors}
 
     def leading(self) -> list[DetectorInfo]:
-        """The detectors a summary speaks of: sink, previous token, induction, retrieval; else the first four."""
+        """Those that a summary speaks of: sink, previous token, induction, retrieval; else the first four."""
         found: list[DetectorInfo] = []
         speaking = [d for d in self.detectors if d.name not in self.silent]
         for words in _ROLES:
@@ -105,12 +104,12 @@ def _info(row: dict[str, Any]) -> DetectorInfo:
         key: _text(row.get(key))
         for key in ("measures", "unit", "paper", "caption", "positions", "null", "note")
     }
-    threshold, url = row.get("threshold"), _text(row.get("url"))
+    threshold, url, better = row.get("threshold"), _text(row.get("url")), _text(row.get("better"))
     return DetectorInfo(
         name=name,
         title=_text(row.get("title")) or _bare(name).title,
         threshold=float(threshold) if isinstance(threshold, Real) else math.nan,
-        better=_text(row.get("better")) or "higher",
+        better=better if better in _BETTER else "higher",
         url=url if url.startswith(("https://", "http://")) else "",
         **texts,
     )

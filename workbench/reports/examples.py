@@ -83,7 +83,7 @@ def pack(values: np.ndarray[Any, Any]) -> str:
 
 def telling_query(values: np.ndarray[Any, Any]) -> int:
     """The last of the queries with the largest attention to a token other than the first and itself."""
-    count = values.shape[0]
+    count = len(values)
     if count < 3:
         return count - 1
     others = np.tril(values, k=-1)[:, 1:]
@@ -92,7 +92,7 @@ def telling_query(values: np.ndarray[Any, Any]) -> int:
 
 
 def reach(values: np.ndarray[Any, Any]) -> float:
-    """How much there is to see: mean attention to keys farther back than the previous one, the first left out."""
+    """How much there is to see: mean attention farther back than the previous key, the first left out."""
     return float(np.tril(values, k=-2)[:, 1:].sum(axis=1).mean())
 
 

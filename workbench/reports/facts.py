@@ -1,4 +1,4 @@
-"""Certificate and provenance as texts: what was run, on which weights, and how far the checks were from failing."""
+"""Certificate and provenance as texts: what ran, on which weights, and how far checks were from failing."""
 
 from __future__ import annotations
 

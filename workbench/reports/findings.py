@@ -1,7 +1,7 @@
 """The summary of a run, computed from its tables: which heads lead, by how much, and what ablating them did.
 
-No sentence here is about a model in particular; each is a frame that numbers of the run fill. A negative result has
-its own frame, so that it is told as plainly as a positive one.
+No sentence here is about a model in particular; each is a frame that numbers of the run fill. A negative
+result has its own frame, so that it is told as plainly as a positive one.
 """
 
 from __future__ import annotations
@@ -101,10 +101,11 @@ def causal(row: dict[str, Any]) -> Causal:
     count = int(row["k"])
     heads = "the top head" if count == 1 else f"the top {count} heads"
     unit = f" {row['unit']}" if str(row.get("unit", "")).startswith(_SPOKEN_UNITS) else ""
-    metric = f"{readable(row['metric'])} from {number(row['baseline'])} to {number(row['ablated'])}"
+    name = readable(row["metric"])
+    metric = f"{name} from {number(row['baseline'])} to {number(row['ablated'])}"
     spread = interval(row["control_low"], row["control_high"])
     return Causal(
-        brief=f"without its top {f'{count} heads' if count > 1 else 'head'}, {readable(row['metric'])} goes from "
+        brief=f"without its top {f'{count} heads' if count > 1 else 'head'}, {name} goes from "
         f"{number(row['baseline'])} to {number(row['ablated'])}{unit} "
         f"(matched random heads: {signed(row['control_effect'])})",
         text=f"Ablating {heads} takes {metric}: {signed(row['effect'])}{unit} "
@@ -203,16 +204,16 @@ def _verification_row(row: dict[str, Any], known: Catalogue) -> dict[str, Any]:
         "interval": interval(row["low"], row["high"], 3),
         "control": signed(row["control_effect"], 3),
         "control_interval": interval(row["control_low"], row["control_high"], 3),
-        "draws": number(row["draws"], 0),
+        "draws": number(row["draws"], places=0),
         "p": probability(row["p"]),
         "q": probability(row["q"]),
-        "n": number(row["n"], 0),
+        "n": number(row["n"], places=0),
         "verdict": verdict(row),
     }
 
 
 def probes(run: RunLike) -> list[tuple[str, str]]:
-    """(metrics, what they were measured on) for each kind of prompts in the ablation table, where recorded."""
+    """(metrics, what they were measured on) for each kind of prompts in the ablation table."""
     table = frame(run, "verification")
     if table is None or "caption" not in table:
         return []

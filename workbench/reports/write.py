@@ -1,13 +1,15 @@
 """`write_report`: a run as one HTML file that needs no network.
 
 1. The run's tables and arrays become texts, figures and script data (`build`).
-2. Templates, style sheet and scripts of this package are put into one page, autoescaped; plotly.js is inlined once.
-3. If the page is over its budget, plotly.js is packed (gzip, unpacked by the browser), then the heaviest optional
-   parts are left out one after the other, at last all plotly charts; the page says what is missing.
+2. Templates, style sheet and scripts of this package are put into one page, autoescaped; plotly.js is
+   inlined once.
+3. If the page is over its budget, plotly.js is packed (gzip, unpacked by the browser), then the heaviest
+   optional parts are left out one after the other, at last all plotly charts; the page says what is
+   missing.
 4. The file is written under a temporary name in the same folder, synced and renamed.
 
-A content security policy in the page forbids every connection, so a report cannot fetch anything even by mistake.
-Cost: a few seconds and about 5 MB for a demo run (2 MB with `gallery=True`).
+A content security policy in the page forbids every connection, so a report cannot fetch anything even by
+mistake. Cost: a few seconds and about 5 MB for a demo run (2 MB with `gallery=True`).
 """
 
 from __future__ import annotations

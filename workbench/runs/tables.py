@@ -83,7 +83,7 @@ def join_parts(parts: Sequence[Path], file: Path, name: str) -> int:
     with pq.ParquetWriter(file, schema) as writer:
         for part in parts:
             try:
-                table = pq.read_table(part, partitioning=None).cast(schema)
+                table = _read(part).cast(schema)
             except pa.ArrowException as error:
                 raise RequestError(f"table {name}: the parts cannot be joined: {error}") from error
             writer.write_table(table)
@@ -94,8 +94,14 @@ def join_parts(parts: Sequence[Path], file: Path, name: str) -> int:
 def read_table(file: Path) -> pd.DataFrame:
     """A table of a run."""
     try:
-        return pq.read_table(file, partitioning=None).to_pandas()
+        return _read(file).to_pandas()
     except (pa.ArrowException, OSError) as error:
         raise RunCorrupt(
             f"{file} cannot be read ({error}); take the run from a copy, or make it again"
         ) from error
+
+
+def _read(file: Path) -> pa.Table:
+    # `pq.read_table` would also look for columns in the names of the folders above.
+    with pq.ParquetFile(file) as parquet:
+        return parquet.read()

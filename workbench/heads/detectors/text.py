@@ -55,6 +55,7 @@ def _sink(parts: Sequence[Part]) -> PromptScores:
     return PromptScores(
         stacked(parts, lambda part: (_column(part, part.task.batch.starts) > SINK_EPSILON).astype(float)),
         stacked(parts, lambda part: (_column(part, other(part)) > SINK_EPSILON).astype(float)),
+        ties=stacked(parts, lambda part: _column(part, part.task.batch.starts)).mean(axis=0),
     )
 
 
@@ -104,7 +105,8 @@ SINK = Detector(
     statistics=_sink_statistics,
     score=_sink,
     curve="first_1",
-    note="The indicator is taken per prompt and then averaged, as in the released code. A head is named when it is a "
+    note="The indicator is taken per prompt and then averaged, as in the released code; equal scores are ranked by the "
+    "mean of alpha_1. A head is named when it is a "
     "sink in most prompts; the paper reports only the average over all heads.",
 )
 FIRST_TOKEN = Detector(

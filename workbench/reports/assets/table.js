@@ -102,6 +102,11 @@
     return { kept, size };
   }
 
+  function nameBound(better) {
+    const words = { higher: "at least", lower: "at most", either: "at least ±" };
+    root.querySelector(".bound").textContent = words[better];
+  }
+
   const anew = () => {
     state.page = 0;
     show();
@@ -120,13 +125,13 @@
     const column = columns[Number(event.target.value)];
     const picked = event.target.value !== "";
     field("least").value = picked && column.threshold !== null ? column.threshold : "";
-    const words = { higher: "at least", lower: "at most", either: "at least ±" };
-    root.querySelector(".bound").textContent = words[picked ? column.better : "higher"];
+    nameBound(picked ? column.better : "higher");
     if (picked) [state.sort, state.down] = [Number(event.target.value), column.better !== "lower"];
     anew();
   });
   field("reset").addEventListener("click", () => {
     for (const name of ["text", "least", "detector"]) field(name).value = "";
+    nameBound("higher");
     Object.assign(state, { sort: -1, down: true });
     anew();
   });

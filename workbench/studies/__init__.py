@@ -1,0 +1,5 @@
+"""Runs of several steps: what is asked of a model, done step by step into a run that can be resumed."""
+
+from workbench.studies.survey import Reporter as Reporter
+from workbench.studies.survey import SurveySettings as SurveySettings
+from workbench.studies.survey import survey as survey

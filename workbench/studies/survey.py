@@ -1,0 +1,273 @@
+"""A survey: detectors over all heads, causal checks of their top heads, and the evidence a report shows.
+
+Steps, each of which is kept when the next is interrupted:
+
+1. `detect:<kind>`: one pass over the prompts of a kind, scores of its detectors, curves of the top heads.
+2. `verify:<detector>`: the top k heads ablated together, against matched random heads.
+3. `examples`: explicit patterns of the top heads on two short prompts, for the token view.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import pandas as pd
+
+from workbench.errors import RequestError
+from workbench.heads import (
+    PROBE_OF,
+    Ablator,
+    Claim,
+    HeadScores,
+    Probe,
+    ProbeSettings,
+    Settings,
+    Verification,
+    build_probe,
+    verify_claim,
+)
+from workbench.heads.detection import KINDS, build_tasks, choose, run_kind, score
+from workbench.heads.detector import Array, Detector, Kind
+from workbench.heads.inference import q_values
+from workbench.models import Head
+from workbench.runs import Run, RunWriter, environment
+from workbench.studies.examples import example_tables
+from workbench.tasks import Task
+from workbench.tracing import Model
+from workbench.tracing.edits import HOWS, How
+
+VERIFIED = ("sink", "previous_token", "induction", "retrieval")
+
+
+class Reporter(Protocol):
+    """Who is told how far a survey is; the command line shows bars."""
+
+    def step(self, name: str, title: str, kept: bool) -> None:
+        """A step begins, or is `kept` from an interrupted run."""
+
+    def advance(self, done: int, total: int) -> None:
+        """So far within the step."""
+
+
+class Silent:
+    """Tells nobody."""
+
+    def step(self, name: str, title: str, kept: bool) -> None:
+        return None
+
+    def advance(self, done: int, total: int) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class SurveySettings:
+    """What a survey does; `verify` names the detectors whose top `k` heads are ablated (none: no causal check)."""
+
+    detectors: tuple[str, ...] | None = None
+    verify: tuple[str, ...] = VERIFIED
+    k: int = 8
+    how: How = "mean"
+    draws: int = 10
+    top: int = 4
+    detection: Settings = field(default_factory=Settings)
+    probes: ProbeSettings = field(default_factory=ProbeSettings)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"seed": self.detection.seed}
+
+
+def survey(
+    model: Model,
+    path: str | Path,
+    *,
+    settings: SurveySettings | None = None,
+    kind: str = "heads",
+    title: str | None = None,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    command: str | None = None,
+) -> Run:
+    """Run detectors and causal checks on a model into a run at `path`; continues one that was interrupted.
+
+    Raises `RunError` if `path` holds a run already (unless `overwrite`) or part of one with other settings.
+    """
+    settings = settings or SurveySettings()
+    chosen = _checked(settings)
+    fingerprint = {"model": model_facts(model), "settings": settings.as_dict(), "kind": kind}
+    title = title or f"Attention heads of {model.source.name}"
+    with RunWriter.open(
+        path, kind=kind, title=title, fingerprint=fingerprint, overwrite=overwrite, command=command
+    ) as writer:
+        work = _Survey(model, settings, chosen, writer, reporter or Silent())
+        work.describe()
+        for kind_name in KINDS:
+            work.detect(kind_name)
+        for name in settings.verify:
+            work.verify(name)
+        work.examples()
+        return work.finish()
+
+
+def model_facts(model: Model) -> dict[str, Any]:
+    """What a manifest says of the model: enough to know its weights again."""
+    spec, hf_model = model.spec, model.attachment.hf_model
+    first = spec.layers[0]
+    return {
+        "name": model.source.name,
+        "architecture": spec.architecture,
+        "revision": model.source.revision,
+        "weights_sha256": model.source.weights_sha256,
+        "license": model.source.license,
+        "dtype": str(model.attachment.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "layers": spec.n_layers,
+        "heads": max(layer.heads for layer in spec.layers),
+        "kv_heads": first.kv_heads,
+        "head_dim": first.head_dim,
+        "d_model": spec.d_model,
+        "vocab_size": spec.vocab_size,
+        "parameters": sum(parameter.numel() for parameter in hf_model.parameters()),
+    }
+
+
+def _checked(settings: SurveySettings) -> list[Detector]:
+    """All that can be wrong is wrong before the first pass."""
+    chosen = choose(settings.detectors)
+    names = {detector.name for detector in chosen}
+    for name in settings.verify:
+        if name not in names:
+            raise RequestError(f"verify names {name!r}, which is not among the detectors {', '.join(sorted(names))}.")
+    if settings.how not in HOWS:
+        raise RequestError(f"how={settings.how!r} is no ablation; choose one of {', '.join(HOWS)}.")
+    if settings.k < 1 or settings.top < 1:
+        raise RequestError(f"k={settings.k}, top={settings.top}: name at least one head.")
+    return chosen
+
+
+@dataclass
+class _Survey:
+    """The steps of one survey; what a resumed run no longer holds in memory is read back from its parts."""
+
+    model: Model
+    settings: SurveySettings
+    detectors: list[Detector]
+    writer: RunWriter
+    reporter: Reporter
+    tops: dict[str, list[Head]] = field(default_factory=dict)
+    _probes: dict[str, tuple[Probe, dict[str, Array]]] = field(default_factory=dict)
+    _ablator: Ablator | None = None
+
+    def describe(self) -> None:
+        manifest = self.writer.manifest
+        manifest["model"] = model_facts(self.model)
+        manifest["certificate"] = self.model.certificate.as_dict()
+        manifest["environment"] = environment()
+        manifest["settings"] = self.settings.as_dict()
+        manifest.setdefault("tops", {})
+        manifest.setdefault("verified", [])
+
+    def detect(self, kind: Kind) -> None:
+        detectors = [detector for detector in self.detectors if detector.kind == kind]
+        if not detectors:
+            return
+        name = f"detect:{kind}"
+        titles = ", ".join(detector.title.lower() for detector in detectors)
+        if not self._begin(name, titles):
+            return
+        began = time.monotonic()
+        tasks = build_tasks(self.model, kind, self.settings.detection)
+        self._record_prompts(tasks)
+        parts = run_kind(self.model, kind, detectors, tasks, self.reporter.advance)
+        scores = [score(self.model, detector, parts, self.settings.detection.seed) for detector in detectors]
+        self._write_scores(kind, HeadScores.join(scores), detectors)
+        self.writer.done(name, seconds=time.monotonic() - began)
+
+    def _write_scores(self, kind: str, found: HeadScores, detectors: list[Detector]) -> None:
+        self.writer.table(f"head_scores/{kind}", found.table)
+        self.writer.table(f"detectors/{kind}", found.detectors)
+        for detector in detectors:
+            best = found.top(detector.name, max(self.settings.k, self.settings.top))
+            self.writer.manifest["tops"][detector.name] = [str(head) for head in best]
+        shown = {head for d in detectors for head in self._top(d.name, self.settings.top)}
+        if len(found.curves):
+            keep = [Head(row.layer, row.head) in shown for row in found.curves[["layer", "head"]].itertuples(index=False)]
+            self.writer.table(f"position_curves/{kind}", found.curves[keep])
+        if len(found.domains):
+            self.writer.table("domain_contrast", found.domains)
+
+    def verify(self, name: str) -> None:
+        step = f"verify:{name}"
+        heads = self._top(name, self.settings.k)
+        if not self._begin(step, f"{len(heads)} heads against {self.settings.draws} matched random sets"):
+            return
+        began = time.monotonic()
+        probe, baseline = self._probe(PROBE_OF[name])
+        found = verify_claim(
+            self.model, Claim(name, tuple(heads), probe), self._ablate(), draws=self.settings.draws,
+            seed=self.settings.probes.seed, baseline=baseline, progress=self.reporter.advance,
+        )  # fmt: skip
+        self._write_verification(name, found)
+        self.writer.done(step, seconds=time.monotonic() - began)
+
+    def _write_verification(self, name: str, found: Verification) -> None:
+        # The table itself is written at the end: its q-values are over the whole family of tests.
+        self.writer.manifest["verified"] += found.table.to_dict("records")
+        self.writer.table(f"verification_draws/{name}", found.draws)
+
+    def examples(self) -> None:
+        if not self._begin("examples", "patterns of the top heads on short prompts"):
+            return
+        began = time.monotonic()
+        heads = sorted({head for d in self.detectors for head in self._top(d.name, self.settings.top)})
+        tokens, info, patterns = example_tables(self.model, heads)
+        self.writer.table("example_tokens", tokens)
+        self.writer.table("example_info", info)
+        self.writer.array("patterns", patterns)
+        self.writer.done("examples", seconds=time.monotonic() - began)
+
+    def finish(self) -> Run:
+        rows = pd.DataFrame(self.writer.manifest.pop("verified"))
+        self.writer.manifest.pop("tops")
+        if len(rows):
+            self.writer.table("verification", rows.assign(q=q_values(rows["p"].to_numpy(dtype=float))))
+        return self.writer.finish()
+
+    def _begin(self, name: str, title: str) -> bool:
+        """Tell the reporter; False if the step is done already."""
+        kept = self.writer.has(name)
+        self.reporter.step(name, title, kept)
+        return not kept
+
+    def _top(self, name: str, k: int) -> list[Head]:
+        return [Head.parse(text) for text in self.writer.manifest["tops"][name]][:k]
+
+    def _probe(self, name: str) -> tuple[Probe, dict[str, Array]]:
+        if name not in self._probes:
+            probe = build_probe(name, self.model, self.settings.probes)
+            self._record_prompts(probe.tasks)
+            self._probes[name] = (probe, probe.measure(self.model))
+        return self._probes[name]
+
+    def _ablate(self) -> Ablator:
+        """Mean outputs come from ordinary text, prose and code, that no metric is measured on."""
+        if self._ablator is None:
+            reference = build_tasks(self.model, "text" if self.model.tokenizer is not None else "repeated", self.settings.detection)
+            batch = reference[0].batch.select(range(min(16, len(reference[0]))))
+            self._ablator = Ablator.prepare(self.model, self.settings.how, batch)
+        return self._ablator
+
+    def _record_prompts(self, tasks: list[Task] | tuple[Task, ...]) -> None:
+        known = {prompt["sha256"] for prompt in self.writer.manifest["prompts"]}
+        for task in tasks:
+            entry: Mapping[str, Any] = {
+                "name": task.name, "n": len(task), "tokens": int(task.batch.mask.sum()), "sha256": task.hash,
+                "caption": task.caption, "specials": task.specials,
+            }  # fmt: skip
+            if entry["sha256"] not in known:
+                self.writer.manifest["prompts"].append(dict(entry))
+                self.writer.manifest["model"]["special_tokens"] = task.specials
+
