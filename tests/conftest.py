@@ -43,3 +43,11 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """The induction toy, trained once a session."""
+    from workbench.dynamics import train_induction
+
+    return train_induction(seed=0)

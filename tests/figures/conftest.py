@@ -40,7 +40,7 @@ def verification() -> pd.DataFrame:
         ("induction", 2, "L2H1 L3H0", "loss", "nats", "lower", 1.0, 0.8, 1.2, -0.1, 0.2, 10, 0.001, 0.004, 8),
         ("sink", 1, "L0H1", "loss", "nats", "lower", 0.1, 0.0, 0.2, -0.1, 0.2, 10, 0.6, 0.6, 8),
         ("echo", 1, "L1H1", "loss", "nats", "lower", -0.5, -0.6, -0.4, -0.1, 0.2, 10, 0.9, 0.9, 8),
-        ("induction", 2, "L2H1 L3H0", "recall", "share", "higher", -0.4, -0.5, 0.1, -0.1, 0.1, 10, 0.02, 0.04, 8),
+        ("induction", 2, "L2H1 L3H0", "recall", "", "higher", -0.4, -0.5, 0.1, -0.1, 0.1, 10, 0.02, 0.1, 8),
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=columns).assign(how="mean", baseline=1.0, control_effect=0.0)
 

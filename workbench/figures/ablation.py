@@ -7,11 +7,10 @@ effect is shown and hollow where it is not, e.g. inside the control range.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
 from workbench.errors import RequestError
@@ -113,7 +112,7 @@ def _axis_title(row: pd.Series) -> str:
 
 
 def _draws_of(
-    rows: pd.DataFrame, draws: pd.DataFrame | None, heights: np.ndarray[Any, Any]
+    rows: pd.DataFrame, draws: pd.DataFrame | None, heights: NDArray[np.int64]
 ) -> pd.DataFrame | None:
     if draws is None:
         return None
@@ -140,7 +139,7 @@ def _draws(points: pd.DataFrame, colours: Palette, legend: bool) -> go.Scatter:
     )
 
 
-def _range(rows: pd.DataFrame, heights: np.ndarray[Any, Any], colours: Palette, legend: bool) -> go.Scatter:
+def _range(rows: pd.DataFrame, heights: NDArray[np.int64], colours: Palette, legend: bool) -> go.Scatter:
     xs: list[float | None] = []
     ys: list[float | None] = []
     for row, height in zip(rows.to_dict("records"), heights, strict=True):
@@ -160,7 +159,7 @@ def _range(rows: pd.DataFrame, heights: np.ndarray[Any, Any], colours: Palette, 
 
 
 def _effects(
-    rows: pd.DataFrame, heights: np.ndarray[Any, Any], shown: bool, colours: Palette, legend: bool
+    rows: pd.DataFrame, heights: NDArray[np.int64], shown: bool, colours: Palette, legend: bool
 ) -> go.Scatter:
     hover = [
         [safe(r["heads"]), signed(r["effect"], 3), interval(r["low"], r["high"], 3), verdict(r).label]

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
 from workbench.errors import RequestError
 from workbench.figures.text import readable, safe, with_caption
 from workbench.figures.theme import palette, template
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[np.float64]
 _LONG = 200
 _PANEL_PIXELS = 180
 _KEYS = ["detector", "layer", "head", "statistic"]

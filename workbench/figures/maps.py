@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
 from workbench.errors import RequestError
@@ -143,7 +144,7 @@ def _height(rows: pd.DataFrame) -> int:
     return int(np.clip(layers * _ROW_PIXELS, 96, 900)) + 84
 
 
-def _grid(rows: pd.DataFrame) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _grid(rows: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.object_]]:
     """Values `[layer, head]` and hover texts `[layer, head, 6]`."""
     shape = (int(rows["layer"].max()) + 1, int(rows["head"].max()) + 1)
     values = np.full(shape, np.nan)

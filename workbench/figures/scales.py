@@ -9,11 +9,12 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from workbench.figures.text import number
 from workbench.figures.theme import Palette
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Scale:
         return max((colours.ink, colours.page), key=lambda colour: contrast(luminance(colour), behind))
 
 
-def strength(values: Array, better: object) -> Array:
+def strength(values: Any, better: object) -> Any:
     """Values turned so that the strongest is the largest; detectors may seek low ones, or either sign."""
     if better == "lower":
         return -values

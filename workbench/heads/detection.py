@@ -14,9 +14,10 @@ from workbench.errors import RequestError
 from workbench.heads.detector import Array, Detector, Kind, Part, PromptScores, rows_mean, traced
 from workbench.heads.detectors import DETECTORS
 from workbench.heads.detectors.text import later_rows
-from workbench.heads.inference import bootstrap_difference, bootstrap_mean, paired_p, q_values, unpaired_p
+from workbench.heads.repeats import random_repeats
+from workbench.heads.inference import Better, bootstrap_difference, bootstrap_mean, paired_p, q_values, unpaired_p
 from workbench.models import Head
-from workbench.tasks import Task, needle_grid, repeated_tokens, text_domains
+from workbench.tasks import Task, needle_grid, text_domains
 from workbench.tracing import Model, Statistic, Trace
 
 Progress = Callable[[int, int], None]
@@ -25,9 +26,13 @@ KINDS: tuple[Kind, ...] = ("text", "repeated", "needle", "needle_greedy")
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the detectors' tasks; the defaults are the published ones where a laptop can run them."""
+    """Sizes of the detectors' tasks; the defaults are the published ones where a laptop can run them.
+
+    `bos_id` is the start token of a model that comes without a tokenizer.
+    """
 
     seed: int = 0
+    bos_id: int | None = None
     text_prompts: int = 50
     text_length: int = 64
     repeat_prompts: int = 10
@@ -45,7 +50,7 @@ class Settings:
 class HeadScores:
     """Scores of all heads by some detectors.
 
-    `table`: model, detector, layer, head, value, low, high, n, null, p, q, rank (1 is the highest). `detectors`: what each measured and on
+    `table`: model, detector, layer, head, value, low, high, n, null, p, q, rank (1 says most). `detectors`: what each measured and on
     what. `curves`: the course of each detector's own statistic over positions, all heads.
     """
 
@@ -55,7 +60,7 @@ class HeadScores:
     domains: pd.DataFrame
 
     def top(self, detector: str, k: int) -> list[Head]:
-        """The k heads with the highest scores."""
+        """The k heads whose scores say most: the highest, but the lowest entropy and the largest contrast."""
         rows = self.table[self.table.detector == detector]
         if rows.empty:
             raise RequestError(f"No scores of {detector!r}; there are {', '.join(self.table.detector.unique())}.")
@@ -85,13 +90,11 @@ def choose(names: Sequence[str] | None) -> list[Detector]:
 def build_tasks(model: Model, kind: Kind, settings: Settings) -> list[Task]:
     """The prompts of one kind for this model's tokenizer."""
     if kind == "repeated":
-        vocabulary = model.spec.vocab_size if model.tokenizer is None else model.tokenizer
         return [
-            repeated_tokens(
-                vocabulary, settings.repeat_prompts, settings.repeat_length, settings.repeat_copies, settings.seed,
-                bos=model.tokenizer is not None,
+            random_repeats(
+                model, settings.repeat_prompts, settings.repeat_length, settings.repeat_copies, settings.seed, settings.bos_id
             )
-        ]  # fmt: skip
+        ]
     if model.tokenizer is None:
         raise RequestError(f"Detectors on {kind} prompts need a tokenizer; load the model with one.")
     if kind == "text":
@@ -172,14 +175,15 @@ def _table(model: Model, detector: Detector, found: PromptScores, seed: int) -> 
             "model": model.source.name, "detector": detector.name, "layer": layer, "head": head,
             "value": interval.value, "low": interval.low, "high": interval.high, "n": len(values),
             "null": null_mean, "p": p, "q": q_values(p),
-            "rank": _ranks(interval.value, None if found.ties is None else found.ties[layer, head]),
+            "rank": _ranks(interval.value, None if found.ties is None else found.ties[layer, head], detector.better),
         }
     )  # fmt: skip
 
 
-def _ranks(values: Array, ties: Array | None) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """1 for the highest score; equal scores by `ties`, then by layer and head."""
-    order = np.lexsort((np.arange(len(values)), np.zeros(len(values)) if ties is None else -ties, -values))
+def _ranks(values: Array, ties: Array | None, better: Better) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """1 for the score that says most (highest, lowest, or largest either way); equal ones by `ties`, then in order."""
+    strength = {"higher": values, "lower": -values, "either": np.abs(values)}[better]
+    order = np.lexsort((np.arange(len(values)), np.zeros(len(values)) if ties is None else -ties, -strength))
     ranks = np.empty(len(values), dtype=np.int64)
     ranks[order] = np.arange(1, len(values) + 1)
     return ranks

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from workbench.errors import RequestError
 from workbench.heads.detector import Array
+from workbench.heads.repeats import random_repeats
 from workbench.tasks import (
     ANSWER_LOG_PROBABILITY,
     ANSWER_MATCH,
@@ -31,7 +32,6 @@ from workbench.tasks import (
     TextMetric,
     needle_grid,
     read_answers,
-    repeated_tokens,
     text_domains,
 )
 from workbench.tracing import Edit, Model
@@ -61,6 +61,7 @@ class ProbeSettings:
     """Sizes of the probes' prompts; their seed differs from the detectors', so that no head is tested on what found it."""
 
     seed: int = 1000
+    bos_id: int | None = None
     induction_prompts: int = 6
     induction_length: int = 50
     needle_lengths: tuple[int, ...] = (160,)
@@ -93,10 +94,9 @@ def _induction(model: Model, settings: ProbeSettings) -> Probe:
         readings = _readings(model, task, edits)
         return {metric.name: _array(metric(readings)) for metric in (INDUCTION_LOSS, COPY_ACCURACY)}
 
-    task = repeated_tokens(
-        model.spec.vocab_size if model.tokenizer is None else model.tokenizer,
-        settings.induction_prompts, settings.induction_length, 2, settings.seed, bos=model.tokenizer is not None,
-    )  # fmt: skip
+    task = random_repeats(
+        model, settings.induction_prompts, settings.induction_length, 2, settings.seed, settings.bos_id
+    )
     return Probe("induction", (task,), (INDUCTION_LOSS, COPY_ACCURACY), run)
 
 

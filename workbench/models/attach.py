@@ -222,8 +222,8 @@ def _watcher(module: nn.Module) -> tuple[Attachment, int]:
     attachment = None if reference is None else reference()
     if attachment is None:
         raise RequestError(
-            f"A {type(module).__name__} runs under {KEY!r} without an attachment (a copy of an attached model, "
-            "or one that shares its configuration object?); call set_attn_implementation('sdpa') on it first."
+            f"A {type(module).__name__} runs under {KEY!r} without an attachment (a copy of an attached "
+            "model, or one that shares its configuration?); call set_attn_implementation('sdpa') on it first."
         )
     return attachment, layer
 
@@ -234,8 +234,8 @@ def _bounds(mask: Tensor | None, keys: int) -> tuple[Tensor | None, Tensor | Non
         return None, None
     if mask.ndim != 2 or mask.shape[1] != keys:
         raise RequestError(
-            f"An attention mask of shape {tuple(mask.shape)} for {keys} keys; pass [prompt, key], and no cache "
-            "of fixed size."
+            f"An attention mask of shape {tuple(mask.shape)} for {keys} keys; pass [prompt, key], and no "
+            "cache of fixed size."
         )
     count = mask.sum(-1)
     start = mask.to(torch.uint8).argmax(-1)

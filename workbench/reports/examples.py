@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from workbench.figures.pattern import colour_range
 from workbench.reports.source import RunLike, frame, head_name
@@ -28,7 +29,7 @@ class Pattern:
     title: str
     caption: str
     tokens: tuple[str, ...]
-    values: np.ndarray[Any, np.dtype[np.float32]]
+    values: NDArray[np.float32]
 
     def payload(self) -> dict[str, Any]:
         """For the token view: packed weights, the top of the scale, the query to show first."""
@@ -74,14 +75,14 @@ def patterns(run: RunLike) -> list[Pattern]:
     return found
 
 
-def pack(values: np.ndarray[Any, Any]) -> str:
+def pack(values: NDArray[np.float32]) -> str:
     """The lower triangle, row by row, as little-endian 16-bit numbers in base64."""
     rows, columns = np.tril_indices(values.shape[0])
     steps = np.clip(np.round(values[rows, columns] * 65535), 0, 65535).astype("<u2")
     return base64.b64encode(steps.tobytes()).decode()
 
 
-def telling_query(values: np.ndarray[Any, Any]) -> int:
+def telling_query(values: NDArray[np.float32]) -> int:
     """The last of the queries with the largest attention to a token other than the first and itself."""
     count = len(values)
     if count < 3:
@@ -91,7 +92,7 @@ def telling_query(values: np.ndarray[Any, Any]) -> int:
     return max(query for query in range(count) if best[query] >= 0.9 * best.max())
 
 
-def reach(values: np.ndarray[Any, Any]) -> float:
+def reach(values: NDArray[np.float32]) -> float:
     """How much there is to see: mean attention farther back than the previous key, the first left out."""
     return float(np.tril(values, k=-2)[:, 1:].sum(axis=1).mean())
 

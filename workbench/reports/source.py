@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 import xarray as xr
 
 
+@runtime_checkable
 class RunLike(Protocol):
     """The part of `workbench.runs.Run` that reports rely on."""
 

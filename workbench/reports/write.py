@@ -54,27 +54,29 @@ def write_report(
 def render(run: RunLike, *, gallery: bool = False, budget_bytes: int = BUDGET_BYTES) -> str:
     """The report as text, within the budget."""
     content = build(run)
-    pack, omit = gallery, frozenset[str]()
-    page = _page(content, omit, pack)
-    if _over(page, budget_bytes) and not pack:
-        pack = True
-        page = _page(content, omit, pack)
-    by_weight = sorted(content.sizes().items(), key=lambda item: -item[1])
-    for part, _ in by_weight:
-        if not _over(page, budget_bytes):
-            return page
-        omit |= {part}
-        page = _page(content, omit, pack)
-    if _over(page, budget_bytes):
+    page = _page(content, frozenset(), gallery)
+    if _bytes(page) > budget_bytes and not gallery:
+        page = _page(content, frozenset(), True)
+    omit: frozenset[str] = frozenset()
+    parts = sorted(content.sizes().items(), key=lambda item: item[1])
+    while _bytes(page) > budget_bytes and parts:
+        # the heaviest first, as many as are needed by their sizes
+        excess = _bytes(page) - budget_bytes
+        while parts and excess > 0:
+            part, size = parts.pop()
+            omit |= {part}
+            excess -= size
+        page = _page(content, omit, True)
+    if _bytes(page) > budget_bytes:
         raise RequestError(
-            f"The report takes {len(page.encode()):,} bytes even without its optional parts, more than "
+            f"The report takes {_bytes(page):,} bytes even without its optional parts, more than "
             f"budget_bytes={budget_bytes:,}; allow more bytes or report a run with fewer heads."
         )
     return page
 
 
-def _over(page: str, budget: int) -> bool:
-    return len(page.encode()) > budget
+def _bytes(page: str) -> int:
+    return len(page.encode())
 
 
 def _page(content: Content, omit: frozenset[str], pack: bool) -> str:

@@ -83,6 +83,11 @@ class Task:
         """Tokens of each prompt whose prediction counts."""
         return (self.answer_positions != NONE).sum(dim=1)
 
+    @property
+    def logit_positions(self) -> Int[Tensor, "prompt answer"]:
+        """The rows whose logits score the answers, unused places set to 0, as a trace asks for logits."""
+        return self.answer_positions.clamp(min=0)
+
     def columns(self, span: str) -> Bool[Tensor, "prompt token"]:
         """A mask of the columns inside a span."""
         if span not in self.spans:

@@ -1,7 +1,7 @@
 """Changes to a running model, at the same sites where it is read.
 
-`ablate` replaces the output z of chosen heads; `patch` puts a given value at a site. The five ways to ablate are
-different experiments and are never mixed up (names as in the literature's own vocabulary):
+`ablate` replaces the output z of chosen heads; `patch` puts a given value at a site. The five ways to ablate
+are different experiments and are never mixed up (names as in the literature's own vocabulary):
 
 | how | z of the head becomes | also known as |
 | --- | --- | --- |
@@ -10,12 +10,14 @@ different experiments and are never mixed up (names as in the literature's own v
 | `resample` | its z on another prompt | resample ablation |
 | `uniform` | the mean of the visible values | Q-zero, logit-zero, uniform mask |
 | `to_sink` | the value of the first visible token | attend-to-BOS |
+
+Where the softmax has a learned sink, `uniform` leaves it nothing; with a q of zero it would keep its share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from workbench.errors import HeadError, RequestError
 from workbench.models import AttentionCall, Batch, Head, Spec
-from workbench.tracing.sites import Site, parse_site
+from workbench.tracing.sites import Site, check_exists, check_layer, head_axis, parse_site, site_shape
 
 How = Literal["zero", "mean", "resample", "uniform", "to_sink"]
 HOWS: tuple[How, ...] = get_args(How)
@@ -34,8 +36,9 @@ HOWS: tuple[How, ...] = get_args(How)
 class Ablation:
     """z of `heads` replaced, at `positions` of each prompt (everywhere if None).
 
-    `values` are per head: `[dim]`, `[token, dim]` or `[prompt, token, dim]`, for `mean` and `resample`; or they
-    are made from `reference` prompts when the trace starts.
+    `values` are per head: `[dim]`, `[token, dim]` or `[prompt, token, dim]`, for `mean` and `resample`; or
+    they are made from `reference` prompts when the trace starts. `resample` takes what stands in the same
+    column of the reference, prompt by prompt (of its one prompt, if it has one).
     """
 
     heads: tuple[Head, ...]
@@ -50,11 +53,29 @@ class Ablation:
     def check(self, spec: Spec) -> None:
         for head in self.heads:
             spec.check(head)
+            if self.values is not None and head not in self.values:
+                raise HeadError(f"ablate(how={self.how!r}): values has none for {head}; give one a head.")
+
+    def laid_out(self, spec: Spec, batch: Batch) -> Ablation:
+        """The same with values as `[prompt, token, dim]` of this batch, or `RequestError`."""
+        _check_positions("ablate", self.positions, batch)
+        if self.values is None:
+            return self
+        prompts, tokens = batch.ids.shape
+        values = {}
+        for head in self.heads:
+            value = self.values[head]
+            # Reference prompts may be longer, and more.
+            cut = value[..., :tokens, :] if value.ndim > 1 else value
+            cut = cut[:prompts] if value.ndim > 2 else cut
+            what = f"ablate: the value for {head}"
+            values[head] = _expanded(cut, (prompts, tokens, spec.layers[head.layer].head_dim), value, what)
+        return replace(self, values=values)
 
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """`value` put at a site of one layer; `heads` and `positions` narrow it."""
+    """`value` put at a site of one layer; `heads` (key/value heads for k and v) and `positions` narrow it."""
 
     site: Site
     layer: int
@@ -65,12 +86,35 @@ class Patch:
 
     def check(self, spec: Spec) -> None:
         parse_site(self.named or self.site, spec)
-        if not 0 <= self.layer < spec.n_layers:
-            raise HeadError(
-                f"patch({self.site!r}, layer={self.layer}): layers run from 0 to {spec.n_layers - 1}."
-            )
-        if self.site == "resid_mid" and spec.parallel:
-            raise RequestError("resid_mid does not exist where attention and MLP read the same residual.")
+        check_layer(f"patch({self.site})", self.layer, spec)
+        check_exists(self.site, spec)
+        if self.heads is None:
+            return
+        axis = head_axis(self.site)
+        if axis is None:
+            raise RequestError(f"patch({self.site!r}, heads={list(self.heads)}): the residual has no heads.")
+        count = site_shape(self.site, spec, self.layer, 1, 1)[axis]
+        for head in self.heads:
+            if not 0 <= head < count:
+                raise HeadError(
+                    f"patch({self.site!r}, layer={self.layer}): head {head} does not exist; "
+                    f"they run from 0 to {count - 1}."
+                )
+
+    def laid_out(self, spec: Spec, batch: Batch) -> Patch:
+        """The same with its value in the site's shape for this batch, or `RequestError`.
+
+        With `heads`, the value is of the whole site or of these heads alone.
+        """
+        what = f"patch({self.site!r}, layer={self.layer})"
+        _check_positions(what, self.positions, batch)
+        shape = list(site_shape(self.site, spec, self.layer, *batch.ids.shape))
+        value, axis = self.value, head_axis(self.site)
+        if self.heads is not None and axis is not None:
+            if value.ndim >= -axis and value.shape[axis] == shape[axis]:
+                value = value.index_select(axis, torch.tensor(self.heads, device=value.device))
+            shape[axis] = len(self.heads)
+        return replace(self, value=_expanded(value, tuple(shape), self.value, what))
 
 
 Edit = Ablation | Patch
@@ -103,12 +147,35 @@ def patch(
     heads: Iterable[int] | None = None,
     positions: Bool[Tensor, "prompt token"] | None = None,
 ) -> Patch:
-    """Put `value` (shaped as the site, see `SHAPES`) at `site`, e.g. `"blocks.5.attn.hook_z"` or ("z", layer=5)."""
+    """Put `value` (shaped as the site, see `SHAPES`) at `site`: `"blocks.5.attn.hook_z"`, or "z" with layer=5.
+
+    A value with leading axes of size one, or without them, serves all prompts (and tokens).
+    """
     name, named = parse_site(site)
-    layer = named if layer is None else layer
-    if layer is None:
+    if layer is None and named is None:
         raise RequestError(f"patch({site!r}) needs a layer: pass layer=5 or name 'blocks.5.attn.hook_z'.")
-    return Patch(name, layer, value, None if heads is None else tuple(heads), positions, site)
+    if layer is not None and named is not None and layer != named:
+        raise RequestError(f"patch({site!r}, layer={layer}) names two layers; give one.")
+    where = named if layer is None else layer
+    assert where is not None
+    chosen = None if heads is None else tuple(dict.fromkeys(heads))
+    return Patch(name, where, value, chosen, positions, site)
+
+
+def _check_positions(what: str, positions: Tensor | None, batch: Batch) -> None:
+    if positions is not None and positions.shape != batch.ids.shape:
+        raise RequestError(
+            f"{what}: positions of shape {tuple(positions.shape)} for a batch of {tuple(batch.ids.shape)} "
+            "[prompt, token]; give one truth value a token."
+        )
+
+
+def _expanded(value: Tensor, shape: tuple[int, ...], given: Tensor, what: str) -> Tensor:
+    """`value` in all of `shape`, without a copy."""
+    try:
+        return value.expand(shape)
+    except RuntimeError:
+        raise RequestError(f"{what} has shape {tuple(given.shape)}, which does not fit {shape}.") from None
 
 
 def apply_ablation(
@@ -134,18 +201,9 @@ def _replacement(z: Tensor, call: AttentionCall, edit: Ablation, head: Head, row
     if edit.how == "to_sink":
         return first_visible_value(call, head.head // group)
     assert edit.values is not None
-    value = edit.values[head].to(z)
-    if value.ndim == 3:
-        value = value[rows, : z.shape[1]]
-    elif value.ndim == 2:
-        value = value[: z.shape[1]]
-    try:
-        return value.expand_as(z)
-    except RuntimeError:
-        raise RequestError(
-            f"ablate: the value for {head} has shape {tuple(value.shape)}, which does not fit {tuple(z.shape)} "
-            "[prompt, token, head_dim]; use reference prompts at least as long and as many."
-        ) from None
+    value = edit.values[head]
+    # One vector while decoding; in a trace, laid out on the batch.
+    return (value if value.ndim == 1 else value[rows, : z.shape[1]]).to(z).expand_as(z)
 
 
 def uniform_output(call: AttentionCall, kv_head: int) -> Float[Tensor, "batch query dim"]:

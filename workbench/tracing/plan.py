@@ -1,4 +1,4 @@
-"""Captures and edits compiled into one plan for a forward pass: which hooks, which statistics, how many bytes."""
+"""Captures and edits compiled into one plan for a forward pass: which hooks, which statistics."""
 
 from __future__ import annotations
 
@@ -69,8 +69,7 @@ def _expand_sites(spec: Spec, sites: Sequence[str]) -> frozenset[tuple[Site, int
     chosen: set[tuple[Site, int]] = set()
     for text in sites:
         site, layer = parse_site(text, spec)
-        if site == "resid_mid" and spec.parallel:
-            raise RequestError("resid_mid does not exist where attention and MLP read the same residual.")
+        check_exists(site, spec)
         chosen |= {(site, i) for i in (range(spec.n_layers) if layer is None else [layer])}
     return frozenset(chosen)
 

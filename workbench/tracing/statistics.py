@@ -1,9 +1,10 @@
 """What to measure of every head while the model runs: functionals of attention, asked for by name.
 
 Each function returns a `Statistic` for `Model.trace(statistics=[...])`. Row statistics come back as
-`[prompt, layer, head, query]`, column statistics as `[prompt, layer, head, key]`; those with several columns have
-one more axis. Destination = query = row, source = key = column. All are exact, need no N x N array, and accumulate
-in float32 whatever the model's dtype.
+`[prompt, layer, head, query]`, column statistics as `[prompt, layer, head, key]`; those with several columns
+have one more axis. Destination = query = row, source = key = column. All are exact, need no N x N array, and
+accumulate in float32 whatever the model's dtype. Keys are named by their column in the batch, padding counted,
+so that under left padding the first token of a prompt is not key 0.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class Measured(NamedTuple):
     """What a statistic is read from: the kernel's results of one layer, the merged request
     behind them, and the attention call itself.
 
-    `features` and `at_keys` are this statistic's own columns; `result_factor` turns z into vectors of the norm
-    that z W_O has.
+    `features` and `at_keys` are this statistic's own columns; `result_factor` turns z into vectors of the
+    norm that z W_O has.
     """
 
     found: AttentionStatistics
@@ -43,8 +44,8 @@ class Measured(NamedTuple):
 class Statistic:
     """A functional of attention: its name, what the kernel must compute, and how it is read off.
 
-    `key_features` are functions of the key per prompt, `query_keys` lists of keys per query; both are indexed like
-    the batch that is traced.
+    `key_features` are functions of the key per prompt, `query_keys` lists of keys per query; both are indexed
+    like the batch that is traced. `integer` results are keys.
     """
 
     name: str
@@ -55,13 +56,10 @@ class Statistic:
     key_features: Float[Tensor, "prompt key column"] | None = None
     query_keys: Int[Tensor, "prompt query slot"] | None = None
     needs_result_factor: bool = False
+    integer: bool = False
 
     def __repr__(self) -> str:
         return f"<statistic {self.name}>"
-
-    @property
-    def integer(self) -> bool:
-        return self.name in ("argmax", "top_k")
 
 
 def _field(name: str) -> Callable[[Measured], Tensor]:
@@ -99,11 +97,13 @@ def max_prob() -> Statistic:
 
 def argmax() -> Statistic:
     """A key with the row's largest probability, as a column of the batch (-1 at padding)."""
-    return Statistic("argmax", StatisticsRequest(argmax=True), _field("argmax"))
+    return Statistic("argmax", StatisticsRequest(argmax=True), _field("argmax"), integer=True)
 
 
 def top_k(k: int) -> tuple[Statistic, Statistic]:
     """The k heaviest keys ("top_k", -1 where fewer are visible) and their probabilities ("top_k_mass")."""
+    if k < 1:
+        raise RequestError(f"top_k({k}): ask for 1 key or more.")
     request = StatisticsRequest(top_k=k)
 
     def first(name: str) -> Callable[[Measured], Tensor]:
@@ -114,7 +114,7 @@ def top_k(k: int) -> tuple[Statistic, Statistic]:
         return read
 
     return (
-        Statistic("top_k", request, first("top_keys"), columns=k),
+        Statistic("top_k", request, first("top_keys"), columns=k, integer=True),
         Statistic("top_k_mass", request, first("top_mass"), columns=k),
     )
 
@@ -135,7 +135,9 @@ def offset(distance: int) -> Statistic:
     return Statistic(f"offset_{distance}", request, _entry("offsets", "offsets", distance))
 
 
-def mass(name: str, keys: Bool[Tensor, "prompt key"] | Float[Tensor, "prompt key column"]) -> Statistic:
+def mass(
+    name: str, keys: Bool[Tensor, "prompt key *column"] | Float[Tensor, "prompt key *column"]
+) -> Statistic:
     """Mass on labelled keys: a boolean mask, or up to 64 columns of key weights (one result each)."""
     if keys.ndim not in (2, 3):
         raise RequestError(
@@ -151,8 +153,11 @@ def mass(name: str, keys: Bool[Tensor, "prompt key"] | Float[Tensor, "prompt key
     return Statistic(name, StatisticsRequest(), read, columns=columns, key_features=features.float())
 
 
-def at_keys(name: str, keys: Int[Tensor, "prompt query"] | Int[Tensor, "prompt query slot"]) -> Statistic:
-    """Mass on given keys of each query (columns of the batch, -1 for none); several slots are summed."""
+def at_keys(name: str, keys: Int[Tensor, "prompt query *slot"]) -> Statistic:
+    """Mass on given keys of each query (columns of the batch, -1 for none); several slots are summed.
+
+    A key that the query cannot see has no mass.
+    """
     if keys.ndim not in (2, 3):
         raise RequestError(
             f"at_keys({name!r}): keys of shape {tuple(keys.shape)}; give [prompt, query(, slot)]."
@@ -187,7 +192,8 @@ def column_mean() -> Statistic:
     def read(measured: Measured) -> Tensor:
         assert measured.found.column_sum is not None
         seen = measured.call.geometry.visible_count(measured.call.q.device)
-        return measured.found.column_sum / seen.clamp(min=1)[:, None]
+        mean: Tensor = measured.found.column_sum / seen.clamp(min=1)[:, None]
+        return mean
 
     return Statistic("column_mean", StatisticsRequest(column_sum=True), read, axis="key")
 
@@ -209,7 +215,7 @@ def value_norm() -> Statistic:
     def read(measured: Measured) -> Tensor:
         call = measured.call
         group = call.q.shape[1] // call.v.shape[1]
-        return call.v.float().norm(dim=-1).repeat_interleave(group, dim=1)
+        return torch.linalg.vector_norm(call.v.float(), dim=-1).repeat_interleave(group, dim=1)
 
     return Statistic("value_norm", StatisticsRequest(), read, axis="key")
 
@@ -219,7 +225,7 @@ def output_norm() -> Statistic:
 
     def read(measured: Measured) -> Tensor:
         assert measured.found.output is not None
-        return measured.found.output.norm(dim=-1)
+        return torch.linalg.vector_norm(measured.found.output, dim=-1)
 
     return Statistic("output_norm", StatisticsRequest(output=True), read)
 
@@ -229,8 +235,7 @@ def result_norm() -> Statistic:
 
     def read(measured: Measured) -> Tensor:
         assert measured.found.output is not None and measured.result_factor is not None
-        return torch.einsum("b h q d, h d e -> b h q e", measured.found.output, measured.result_factor).norm(
-            dim=-1
-        )
+        result = torch.einsum("b h q d, h d e -> b h q e", measured.found.output, measured.result_factor)
+        return torch.linalg.vector_norm(result, dim=-1)
 
     return Statistic("result_norm", StatisticsRequest(output=True), read, needs_result_factor=True)

@@ -1,4 +1,4 @@
-"""Runs a plan on one piece of a batch: the observer of attention calls, and the hooks on the residual stream."""
+"""Runs a plan on one piece of a batch: observes attention calls, and hooks the residual stream."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from workbench.errors import RequestError
-from workbench.models import AttentionCall, Attachment
+from workbench.models import Attachment, AttentionCall
 from workbench.models.architectures import output_weight, rewritten, written
 from workbench.tracing.edits import Patch, apply_ablation, masked
 from workbench.tracing.plan import Plan
@@ -26,8 +25,9 @@ SiteSink = Callable[[Site, int, Tensor], None]
 class Watch:
     """One forward pass under a plan.
 
-    `rows` are the prompts of this piece within the batch and `tokens` its width: what statistics and edits given
-    for the whole batch are cut to. Results go to the two sinks, layer by layer, so that nothing is held twice.
+    `rows` are the prompts of this piece within the batch and `tokens` its width: what statistics and edits
+    given for the whole batch are cut to. Results go to the two sinks, layer by layer, so that nothing is held
+    twice.
     """
 
     def __init__(
@@ -54,14 +54,13 @@ class Watch:
             stack.enter_context(self.attachment.observe(self.attention))
             yield
 
-    # --- attention -------------------------------------------------------------------------------------------
-
     def attention(self, call: AttentionCall) -> Tensor:
         """The observer: patches of q, k, v; statistics; captures; then z with its edits."""
         plan, layer = self.plan, call.layer
         for patch in plan.patches_at(layer, "q", "k", "v"):
-            old = getattr(call, patch.site)
-            call = replace(call, **{patch.site: self._patched(old.transpose(1, 2), patch).transpose(1, 2)})
+            old: Tensor = getattr(call, patch.site)
+            changed: dict[str, Any] = {patch.site: self._patched(old.transpose(1, 2), patch).transpose(1, 2)}
+            call = replace(call, **changed)
         for site in plan.captured(layer, frozenset(["q", "k", "v"])):
             self.put_site(site, layer, getattr(call, site).transpose(1, 2))
         pattern = self._pattern(call)
@@ -73,12 +72,12 @@ class Watch:
             z = apply_ablation(z, call, ablation, self.rows)
         for patch in plan.patches_at(layer, "z"):
             z = self._patched(z.transpose(1, 2), patch).transpose(1, 2)
-        if (site := "z") in plan.captured(layer):
-            self.put_site(site, layer, z.transpose(1, 2))
-        if "result" in plan.captured(layer):
-            self.put_site("result", layer, self._result(z, layer))
+        if "z" in plan.captured(layer):
+            self.put_site("z", layer, z.transpose(1, 2))
         if plan.patches_at(layer, "result"):
             self._z[layer] = z
+        elif "result" in plan.captured(layer):
+            self.put_site("result", layer, self._result(z, layer))
         return z
 
     def _measure(self, call: AttentionCall) -> Tensor:
@@ -117,7 +116,8 @@ class Watch:
     def _result_factor(self, layer: int) -> Float[Tensor, "head dim dim"]:
         """R of W_O^T = Q R per head: |z W_O| = |R z|, from d x d numbers instead of d x d_model."""
         weight = output_weight(self.attachment.layers[layer], self.attachment.spec.layers[layer]).float()
-        return torch.linalg.qr(weight.transpose(1, 2), mode="r").R.transpose(1, 2)
+        factor: Tensor = torch.linalg.qr(weight.transpose(1, 2), mode="r").R
+        return factor.transpose(1, 2)
 
     def _pattern(self, call: AttentionCall) -> Tensor | None:
         """The explicit pattern where it is captured or patched; returned only if it was changed."""
@@ -127,8 +127,7 @@ class Watch:
             return None
         pattern = call.pattern()
         for patch in patches:
-            rows = pattern.transpose(1, 2)
-            pattern = self._patched(rows, patch, value=patch.value.transpose(1, 2)).transpose(1, 2)
+            pattern = self._patched(pattern.transpose(1, 2), patch).transpose(1, 2)
         if wanted:
             self.put_site("pattern", call.layer, pattern)
         return pattern if patches else None
@@ -137,31 +136,15 @@ class Watch:
         weight = output_weight(self.attachment.layers[layer], self.attachment.spec.layers[layer])
         return torch.einsum("b h t d, h d m -> b t h m", z, weight.to(z.dtype))
 
-    def _patched(self, old: Tensor, patch: Patch, value: Tensor | None = None) -> Tensor:
-        """`old` `[prompt, token, (head,) ...]` with the patch's value in it."""
-        value = (patch.value if value is None else value).to(old)
-        if value.ndim == old.ndim and len(value) > 1:
-            value = value[self.rows, : old.shape[1]]
+    def _patched(self, old: Tensor, patch: Patch) -> Tensor:
+        """`old` `[prompt, token, (head,) ...]` with this piece of the patch's value in it."""
+        value = patch.value[self.rows]
+        if patch.site == "pattern":
+            value = value[..., : self.tokens, : self.tokens].transpose(1, 2)
+        value = value[:, : self.tokens].to(old)
         if patch.heads is not None:
-            value = torch.index_copy(
-                old,
-                2,
-                torch.tensor(patch.heads, device=old.device),
-                self._fit(value, old[:, :, list(patch.heads)], patch),
-            )
-        return masked(old, self._fit(value, old, patch), patch.positions, self.rows)
-
-    @staticmethod
-    def _fit(value: Tensor, like: Tensor, patch: Patch) -> Tensor:
-        try:
-            return value.expand_as(like)
-        except RuntimeError:
-            raise RequestError(
-                f"patch({patch.site!r}, layer={patch.layer}): a value of shape {tuple(patch.value.shape)} does not fit "
-                f"{tuple(like.shape)}."
-            ) from None
-
-    # --- residual stream -------------------------------------------------------------------------------------
+            value = torch.index_copy(old, 2, torch.tensor(patch.heads, device=old.device), value)
+        return masked(old, value, patch.positions, self.rows)
 
     def _hooks(self, layer: int) -> Iterator[Any]:
         modules = self.attachment.layers[layer]
@@ -219,13 +202,14 @@ class Watch:
         return hook
 
     def _on_result(self, layer: int) -> Callable[..., Any]:
-        """A patched `result` enters as its difference to z W_O, added to the projection's output."""
+        """A patched `result` enters as its difference from z W_O, added to the projection's output."""
 
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             result = self._result(self._z.pop(layer), layer)
             patched = result
             for patch in self.plan.patches_at(layer, "result"):
                 patched = self._patched(patched, patch)
+            self._keep("result", layer, patched)
             return output + (patched - result).sum(2).reshape(output.shape)
 
         return hook

@@ -1,0 +1,57 @@
+"""Matched controls, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import workbench
+from workbench.errors import HeadError, RequestError
+from workbench.heads import DETECTORS, detect, matched_heads, verify
+from workbench.heads.detection import choose
+from workbench.models import Head, LayerSpec, Spec
+
+SPEC = Spec("toy", tuple(LayerSpec(i, 4, 2, 8, 1.0) for i in range(5)), 16, 10, None)
+
+
+def test_controls_match_layers_and_avoid_the_set():
+    heads = (Head(1, 0), Head(1, 1), Head(3, 2))
+    for seed in range(50):
+        drawn = matched_heads(SPEC, heads, np.random.default_rng(seed))
+        assert Counter(head.layer for head in drawn) == {1: 2, 3: 1}
+        assert not set(drawn) & set(heads) and len(set(drawn)) == 3
+
+
+def test_a_crowded_layer_borrows_from_its_neighbours():
+    heads = tuple(Head(2, head) for head in range(3))
+    drawn = matched_heads(SPEC, heads, np.random.default_rng(0))
+    assert Head(2, 3) in drawn and {head.layer for head in drawn} <= {1, 2, 3} and len(set(drawn)) == 3
+
+
+def test_too_few_others_are_refused():
+    heads = tuple(Head(layer, head) for layer in range(3) for head in range(4))
+    with pytest.raises(RequestError, match="12 heads of 20"):
+        matched_heads(SPEC, heads, np.random.default_rng(0))
+
+
+def test_bad_requests_name_the_value(handwritten, handwritten_probes):
+    with pytest.raises(RequestError, match="Did you mean 'induction'"):
+        choose(["inducton"])
+    with pytest.raises(RequestError, match="need a tokenizer"):
+        detect(handwritten, ["sink"])
+    with pytest.raises(HeadError, match="L7H0"):
+        verify(handwritten, ["L7H0"])
+    with pytest.raises(RequestError, match="No heads"):
+        verify(handwritten, [])
+    with pytest.raises(RequestError, match="draws = 3"):
+        verify(handwritten, ["L0H0"], probe=workbench.heads.build_probe("induction", handwritten, handwritten_probes),
+               how="zero", draws=3)  # fmt: skip
+
+
+def test_every_detector_says_what_it_is():
+    for name, detector in DETECTORS.items():
+        assert detector.name == name and detector.url.startswith("https://arxiv.org/abs/")
+        for text in (detector.title, detector.measures, detector.null, detector.unit, detector.positions, detector.paper):
+            assert text.strip()
