@@ -20,7 +20,13 @@ from workbench.dynamics import (
 
 @pytest.fixture(scope="session")
 def trained() -> TrainedInduction:
-    return train_induction(seed=0)
+    """A seed in which one layer-0 head carries the work; see the module's docstring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return train_induction(seed=23)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

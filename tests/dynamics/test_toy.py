@@ -126,9 +126,7 @@ def test_generation_with_a_cache_equals_growing_prompts(model, ids):
         for _ in range(6):
             grown = torch.cat([grown, model(grown).logits[:, -1:].argmax(-1)], dim=1)
         real = torch.ones_like(ids)
-        generated = model.generate(
-            ids, attention_mask=real, max_new_tokens=6, do_sample=False, pad_token_id=0
-        )
+        generated = model.generate(ids, attention_mask=real, max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert torch.equal(generated, grown)
 
 

@@ -53,5 +53,12 @@ def test_bad_requests_name_the_value(handwritten, handwritten_probes):
 def test_every_detector_says_what_it_is():
     for name, detector in DETECTORS.items():
         assert detector.name == name and detector.url.startswith("https://arxiv.org/abs/")
-        for text in (detector.title, detector.measures, detector.null, detector.unit, detector.positions, detector.paper):
+        for text in (
+            detector.title,
+            detector.measures,
+            detector.null,
+            detector.unit,
+            detector.positions,
+            detector.paper,
+        ):
             assert text.strip()

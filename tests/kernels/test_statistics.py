@@ -62,10 +62,12 @@ def check_keys(found: AttentionStatistics, pattern: torch.Tensor) -> None:
     assert ((ranks[..., 1:] != ranks[..., :-1]) | (ranks[..., 1:] == -1)).all()
 
 
-def check(length, *, request=EVERYTHING, implementation="blocks", batch=2, queries=None, start=None, end=None, **options):
+def check(
+    length, *, request=EVERYTHING, implementation="blocks", batch=2, queries=None, start=None, end=None, **options
+):
     heads, kv_heads = options.pop("heads", (3, 1))
     q, k, v, features, slots = make(length, heads, kv_heads, batch, queries=queries, seed=length)
-    arguments = dict(key_features=features, query_keys=slots, key_start=start, key_end=end, **options)
+    arguments = {"key_features": features, "query_keys": slots, "key_start": start, "key_end": end} | options
     truth = attention_statistics(q, k, v, request, implementation="reference", **arguments)
     found = attention_statistics(q, k, v, request, implementation=implementation, **arguments)
     compare(found, truth)
@@ -82,7 +84,7 @@ def test_ragged_lengths_and_grouped_heads(length, heads, implementation):
     if implementation == "identities":
         q, k, v, features, slots = make(length, *heads, seed=length)
         v = v[..., :16]
-        arguments = dict(key_features=features, query_keys=slots)
+        arguments = {"key_features": features, "query_keys": slots}
         truth = attention_statistics(q, k, v, LINEAR, implementation="reference", **arguments)
         compare(attention_statistics(q, k, v, LINEAR, implementation="identities", **arguments), truth)
     else:
@@ -132,7 +134,7 @@ def test_small_tiles_change_nothing(monkeypatch):
 @pytest.mark.parametrize("spread", [0.0, 30.0], ids=["uniform", "one-hot"])
 def test_structured_inputs(spread):
     """Identical logits and saturated ones; ties make the choice of a key arbitrary, not its probability."""
-    q, k, v, features, slots = make(130, spread=spread)
+    q, k, v, features, _slots = make(130, spread=spread)
     truth = attention_statistics(q, k, v, EVERYTHING, implementation="reference", key_features=features)
     found = attention_statistics(q, k, v, EVERYTHING, implementation="blocks", key_features=features)
     for name in ("output", "max_prob", "top_mass", "distance", "column_sum", "column_max", "features", "first"):
@@ -144,7 +146,7 @@ def test_structured_inputs(spread):
 
 
 def test_huge_logits_stay_finite():
-    q, k, v, features, slots = make(70)
+    q, k, v, _features, _slots = make(70)
     found = attention_statistics(q * 1e4, k * 1e4, v, EVERYTHING, implementation="blocks", sinks=torch.zeros(3))
     for field in fields(found):
         value = getattr(found, field.name)
@@ -153,7 +155,7 @@ def test_huge_logits_stay_finite():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_inputs_accumulate_in_float32(dtype):
-    q, k, v, features, slots = (x.to(dtype) if x.is_floating_point() else x for x in make(200))
+    q, k, v, _features, _slots = (x.to(dtype) if x.is_floating_point() else x for x in make(200))
     truth = attention_statistics(q.double(), k.double(), v.double(), EVERYTHING, implementation="reference")
     compare(attention_statistics(q, k, v, EVERYTHING, implementation="blocks"), truth, 1e-5)
 
@@ -201,6 +203,31 @@ def test_attention_output_equals_the_reference_and_differentiates(options):
 def test_visible_count_equals_the_mask():
     geometry = Geometry(2, 30, 50, True, 7, torch.tensor([0, 22]), torch.tensor([50, 41]))
     assert torch.equal(geometry.visible_count(), geometry.visible().sum(1))
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(
+                not torch.cuda.is_available(), reason="no CUDA device here; run on one before a release"
+            ),
+        ),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [12, 64])
+def test_what_is_chosen_by_itself_is_exact(device, dtype, dim):
+    """Whatever "auto" takes for a device and dtype keeps float32 accuracy (widths that fused kernels dislike too)."""
+    q, k, v, _, _ = (x.to(device, dtype) if x.is_floating_point() else x for x in make(300, 4, 2, dim=dim))
+    for request in (EVERYTHING, LINEAR, StatisticsRequest(lse=True, first=(1, 8), offsets=(-1,))):
+        truth = attention_statistics(q, k, v[..., :dim], request, implementation="reference")
+        found = attention_statistics(q, k, v[..., :dim], request)
+        for field in fields(found):
+            if field.name not in ("argmax", "top_keys") and getattr(truth, field.name) is not None:
+                torch.testing.assert_close(getattr(found, field.name), getattr(truth, field.name), rtol=1e-4, atol=1e-4)
 
 
 def test_requests_merge_and_refuse():

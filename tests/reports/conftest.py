@@ -200,9 +200,7 @@ def _curves(rng: np.random.Generator) -> pd.DataFrame:
         ("active_dormant", 16, 4, "first_1, prose", 0.6),
         ("active_dormant", 16, 4, "first_1, code", 0.2),
     ):
-        shape = (
-            level * (1 - np.exp(-positions / 20)) if "first" not in statistic else level * positions**-0.05
-        )
+        shape = level * (1 - np.exp(-positions / 20)) if "first" not in statistic else level * positions**-0.05
         noisy = np.clip(shape + rng.normal(0, 0.015 * level, positions.size), 0, None)
         top = 1.0 if statistic != "entropy" else np.inf
         rows += [
@@ -285,8 +283,7 @@ def _manifest() -> dict[str, Any]:
         "certificate": {
             "passed": True,
             "checks": [
-                dict(zip(("name", "measured", "tolerance", "passed", "detail"), check, strict=True))
-                for check in checks
+                dict(zip(("name", "measured", "tolerance", "passed", "detail"), check, strict=True)) for check in checks
             ],
         },
         "environment": {
@@ -316,9 +313,7 @@ def make_run(tokens: list[str] | None = None, seed: int = 0) -> SyntheticRun:
     tokens = tokens or TOKENS
     verification, draws = _verification(rng)
     examples = [("needle", i, i, text) for i, text in enumerate(tokens)]
-    info = [
-        ("needle", "A code word, asked for later", "The last tokens copy the code word from the first line.")
-    ]
+    info = [("needle", "A code word, asked for later", "The last tokens copy the code word from the first line.")]
     return SyntheticRun(
         manifest=_manifest(),
         frames={

@@ -28,9 +28,7 @@ def metaspace() -> Tokenizer:
     """As Llama-2, Mistral, Gemma: spaces are written as a letter, one is put before the text."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     lines = pre_tokenizers.Split("\n", "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [lines, pre_tokenizers.Metaspace(prepend_scheme="first")]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([lines, pre_tokenizers.Metaspace(prepend_scheme="first")])
     tokenizer.decoder = decoders.Metaspace()
     return _train(tokenizer, [])
 
@@ -46,14 +44,10 @@ def _train(tokenizer: Tokenizer, alphabet: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def wrap(
-    tokenizer: Tokenizer, start: bool = False, end: bool = False, chat: bool = False
-) -> PreTrainedTokenizerBase:
+def wrap(tokenizer: Tokenizer, start: bool = False, end: bool = False, chat: bool = False) -> PreTrainedTokenizerBase:
     single = f"{START + ' ' if start else ''}$A{' ' + END if end else ''}"
     if start or end:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=single, special_tokens=[(START, 0), (END, 1)]
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[(START, 0), (END, 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=START,

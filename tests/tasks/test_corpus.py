@@ -70,9 +70,7 @@ def test_code_that_is_nothing_but_a_docstring_is_dropped(tmp_path):
         '@decorated\ndef f(x):\n    """Words."""\n    # A comment stays.\n    return x\n\n\n'
         'def g(): "words"; return 1\n'
     )
-    assert corpus.code_document(path).pieces == (
-        "@decorated\ndef f(x):\n    # A comment stays.\n    return x",
-    )
+    assert corpus.code_document(path).pieces == ("@decorated\ndef f(x):\n    # A comment stays.\n    return x",)
 
 
 def test_a_python_without_sources_is_named(monkeypatch, tmp_path):

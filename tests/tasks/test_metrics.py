@@ -73,9 +73,7 @@ def test_all_rows_answer_rows_and_losses_give_the_same(task, logits):
 def test_half_precision_logits_are_scored_in_float32(task, logits):
     readings = read_answers(task, logits=logits.bfloat16())
     assert readings.loss.dtype == torch.float32
-    torch.testing.assert_close(
-        readings.loss, read_answers(task, logits=logits).loss, atol=0.02, rtol=0, equal_nan=True
-    )
+    torch.testing.assert_close(readings.loss, read_answers(task, logits=logits).loss, atol=0.02, rtol=0, equal_nan=True)
 
 
 def test_readings_of_another_shape_are_refused(task, logits):

@@ -58,9 +58,7 @@ def test_the_needle_stands_behind_a_sentence(grid):
             assert before.rstrip('")”')[-1] in ".!?"
         depth, real = task.info[prompt]["depth"], task.info[prompt]["real_depth"]
         assert real <= depth + 2
-    at_depth = {
-        depth: [one["real_depth"] for one in task.info if one["depth"] == depth] for depth in (0, 50, 100)
-    }
+    at_depth = {depth: [one["real_depth"] for one in task.info if one["depth"] == depth] for depth in (0, 50, 100)}
     assert max(at_depth[0]) <= 1
     assert 15 < sum(at_depth[50]) / len(at_depth[50]) <= 50
     assert min(at_depth[100]) >= 99
@@ -83,26 +81,21 @@ def test_rows_produce_the_answer_and_keys_hold_the_same_token(grid):
             assert ids[prompt, key] == ids[prompt, row + 1]
         assert task.info[prompt]["dropped"] == len(positions) - len(aligned)
         table = task.keys["needle"][prompt, :, 0]
-        assert {(row, int(table[row])) for row in (table != NONE).nonzero().flatten().tolist()} == set(
-            aligned
-        )
+        assert {(row, int(table[row])) for row in (table != NONE).nonzero().flatten().tolist()} == set(aligned)
 
 
-def test_plain_answers_align_in_full(bare, starting):
-    for tokenizer in (bare, starting):
-        task = needle_grid(tokenizer, (320,), depths=2)
-        assert task.settings["dropped_answer_tokens"] == 0
-        assert task.settings["chat"] is False
+def test_answers_align_in_full(grid):
+    task, _ = grid
+    assert task.settings["dropped_answer_tokens"] == 0
 
 
-def test_in_a_chat_turn_the_first_word_lacks_its_space_and_is_dropped(chatting):
+def test_in_a_chat_turn_the_reply_is_the_needles_own_sentence(chatting):
     task = needle_grid(chatting, (320,), depths=2)
-    assert task.settings["chat"] is True
-    assert task.settings["dropped_answer_tokens"] > 0
     for prompt in range(len(task)):
-        there = task.answer_positions[prompt] != NONE
-        assert task.answer_keys[prompt, 0] == NONE
-        assert task.answer_keys[prompt][there][-1] != NONE
+        needle = needle_of(task, prompt)
+        reply = task.batch.texts[prompt].split("<|turn|>assistant\n")[1]
+        assert reply == needle.lead + needle.answer
+        assert task.answer_positions[prompt, 0] > task.decoding.mask[prompt].sum()
 
 
 def test_the_chat_template_is_used_if_there_is_one_and_not_refused(chatting, bare):
@@ -125,9 +118,9 @@ def test_prompts_to_decode_are_the_prompts_without_their_answers(grid):
     for prompt in range(len(task)):
         real = task.decoding.ids[prompt][task.decoding.mask[prompt]]
         assert bool(task.decoding.mask[prompt, -1])
-        first = int(task.spans["answer"][prompt, 0])
-        assert torch.equal(real, task.batch.ids[prompt, :first])
-        assert needle_of(task, prompt).answer not in tokenizer.decode(real.tolist()).split("Question:")[1]
+        assert torch.equal(real, task.batch.ids[prompt, : len(real)])
+        end = "<|turn|>assistant" if task.settings["chat"] else "Answer:"
+        assert tokenizer.decode(real.tolist()).rstrip().endswith(end)
 
 
 def test_the_seed_decides_the_haystack(bare):
@@ -154,16 +147,23 @@ def test_too_short_lengths_are_refused_with_the_minimum(bare):
         needle_grid(bare, (least - 1,))
 
 
-def test_needles_that_cannot_be_followed_are_refused(bare, chatting):
+def test_needles_that_cannot_be_followed_are_refused(bare):
     with pytest.raises(RequestError, match="exactly once"):
         Needle("bad", "A cat sat here.", "Who?", "a dog")
     with pytest.raises(RequestError, match="exactly once"):
         Needle("bad", "Here sat a cat and a cat.", "Who?", "a cat")
-    # A single word, which in a chat turn stands without its space: nothing is left to follow.
-    short = Needle("short", "The gate opens to the market.", "What does the gate open to?", "the")
-    assert len(needle_grid(bare, (320,), needles=[short], depths=1)) == 1
+    # "statement" is one token, of which "state" is no part that could be followed.
+    part = Needle("part", "The gate opens to the statement.", "What does the gate open to?", "state")
     with pytest.raises(RequestError, match="1 of 1 answer tokens are cut differently"):
-        needle_grid(chatting, (320,), needles=[short])
+        needle_grid(bare, (320,), needles=[part])
+
+
+def test_answer_tokens_that_the_needle_lacks_are_dropped_and_counted(bare):
+    part = Needle("part", "The gate opens to the other statement.", "To what?", "the other state")
+    task = needle_grid(bare, (320,), needles=[part], depths=1)
+    assert [key == NONE for key in task.answer_keys[0].tolist()] == [False, False, True]
+    assert task.info[0]["dropped"] == task.settings["dropped_answer_tokens"] == 1
+    assert task.n_answers.tolist() == [3]
 
 
 def test_empty_grids_are_refused(bare):

@@ -120,9 +120,7 @@ class ToyAttention(nn.Module):
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
         )
-        mixed, pattern = attend(
-            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
-        )
+        mixed, pattern = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.output(mixed.reshape(*shape, -1).contiguous()), pattern
 
 
@@ -131,11 +129,7 @@ class ToyBlock(nn.Module):
 
     def __init__(self, config: ToyConfig, layer_idx: int) -> None:
         super().__init__()
-        self.norm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-            if config.layer_norm
-            else nn.Identity()
-        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.layer_norm else nn.Identity()
         self.attention = ToyAttention(config, layer_idx)
 
     def forward(
@@ -161,9 +155,7 @@ class ToyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-cal
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList([ToyBlock(config, i) for i in range(config.num_hidden_layers)])
         self.final_norm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-            if config.layer_norm
-            else nn.Identity()
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.layer_norm else nn.Identity()
         )
         self.unembedding = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()  # type: ignore[no-untyped-call]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from workbench.errors import RequestError
 from workbench.heads.detector import Array, Detector, Kind, Part, PromptScores, rows_mean, traced
 from workbench.heads.detectors import DETECTORS
 from workbench.heads.detectors.text import later_rows
-from workbench.heads.repeats import random_repeats
 from workbench.heads.inference import Better, bootstrap_difference, bootstrap_mean, paired_p, q_values, unpaired_p
+from workbench.heads.repeats import random_repeats
 from workbench.models import Head
 from workbench.tasks import Task, needle_grid, text_domains
 from workbench.tracing import Model, Statistic, Trace
@@ -50,8 +51,8 @@ class Settings:
 class HeadScores:
     """Scores of all heads by some detectors.
 
-    `table`: model, detector, layer, head, value, low, high, n, null, p, q, rank (1 says most). `detectors`: what each measured and on
-    what. `curves`: the course of each detector's own statistic over positions, all heads.
+    `table`: model, detector, layer, head, value, low, high, n, null, p, q, rank (1 says most). `detectors`: what each
+    measured and on what. `curves`: the course of each detector's own statistic over positions, all heads.
     """
 
     table: pd.DataFrame
@@ -71,7 +72,10 @@ class HeadScores:
     def join(parts: Sequence[HeadScores]) -> HeadScores:
         """Scores of several kinds in one."""
         frames = [
-            pd.concat([getattr(part, name) for part in parts if len(getattr(part, name))] or [parts[0].curves.head(0)], ignore_index=True)
+            pd.concat(
+                [getattr(part, name) for part in parts if len(getattr(part, name))] or [parts[0].curves.head(0)],
+                ignore_index=True,
+            )
             for name in ("table", "detectors", "curves", "domains")
         ]
         return HeadScores(*frames)
@@ -92,13 +96,20 @@ def build_tasks(model: Model, kind: Kind, settings: Settings) -> list[Task]:
     if kind == "repeated":
         return [
             random_repeats(
-                model, settings.repeat_prompts, settings.repeat_length, settings.repeat_copies, settings.seed, settings.bos_id
+                model,
+                settings.repeat_prompts,
+                settings.repeat_length,
+                settings.repeat_copies,
+                settings.seed,
+                settings.bos_id,
             )
         ]
     if model.tokenizer is None:
         raise RequestError(f"Detectors on {kind} prompts need a tokenizer; load the model with one.")
     if kind == "text":
-        found = text_domains(model.tokenizer, prompts=settings.text_prompts, length=settings.text_length, seed=settings.seed)
+        found = text_domains(
+            model.tokenizer, prompts=settings.text_prompts, length=settings.text_length, seed=settings.seed
+        )
         return list(found.values())
     lengths = settings.needle_lengths if kind == "needle" else settings.greedy_lengths
     return [needle_grid(model.tokenizer, lengths, settings.needle_depths, settings.seed)]
@@ -118,13 +129,16 @@ def run_kind(
             longest = int(task.n_answers.max()) + 8
             parts.append(Part(task, model.generate(task.decoding, longest, statistics=list(statistics.values()))))
         else:
-            start = done
-            count = None if progress is None else (lambda n, _, start=start: progress(start + n, total))  # type: ignore[misc]
+            count = None if progress is None else partial(_shifted, progress, done, total)
             parts.append(Part(task, model.trace(task.batch, statistics=list(statistics.values()), progress=count)))
         done += len(task)
         if progress is not None:
             progress(done, total)
     return parts
+
+
+def _shifted(progress: Progress, before: int, total: int, done: int, _: int) -> None:
+    progress(before + done, total)
 
 
 def score(model: Model, detector: Detector, parts: Sequence[Part], seed: int = 0) -> HeadScores:
@@ -144,7 +158,11 @@ def score(model: Model, detector: Detector, parts: Sequence[Part], seed: int = 0
 
 
 def detect(
-    model: Model, names: Sequence[str] | None = None, *, settings: Settings | None = None, progress: Progress | None = None
+    model: Model,
+    names: Sequence[str] | None = None,
+    *,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
 ) -> HeadScores:
     """Score every head by the named detectors (all by default); see `DETECTORS`."""
     settings, chosen = settings or Settings(), choose(names)

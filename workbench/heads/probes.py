@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -58,7 +59,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """Sizes of the probes' prompts; their seed differs from the detectors', so that no head is tested on what found it."""
+    """Sizes of the probes' prompts; their seed is not the detectors', so that no head is tested on what found it."""
 
     seed: int = 1000
     bos_id: int | None = None
@@ -74,9 +75,15 @@ def build_probe(name: str, model: Model, settings: ProbeSettings) -> Probe:
     """A probe for this model's tokenizer."""
     if name not in _BUILDERS:
         raise RequestError(f"No probe {name!r}; there are {', '.join(_BUILDERS)}.")
-    if model.tokenizer is None and name != "induction":
-        raise RequestError(f"The probe {name!r} needs a tokenizer; load the model with one.")
     return _BUILDERS[name](model, settings)
+
+
+def _tokenizer(model: Model) -> Any:
+    if model.tokenizer is None:
+        raise RequestError(
+            "This probe is made of text and needs a tokenizer; load the model with one, or use 'induction'."
+        )
+    return model.tokenizer
 
 
 def _readings(model: Model, task: Task, edits: Sequence[Edit]) -> Readings:
@@ -119,7 +126,7 @@ def _answer(model: Model, settings: ProbeSettings) -> Probe:
 
 
 def _grid(model: Model, settings: ProbeSettings) -> Task:
-    return needle_grid(model.tokenizer, settings.needle_lengths, settings.needle_depths, settings.seed)
+    return needle_grid(_tokenizer(model), settings.needle_lengths, settings.needle_depths, settings.seed)
 
 
 def _held_out(model: Model, settings: ProbeSettings) -> Probe:
@@ -128,7 +135,7 @@ def _held_out(model: Model, settings: ProbeSettings) -> Probe:
         return {HELD_OUT_LOSS.name: _array(HELD_OUT_LOSS(readings))}
 
     tasks = text_domains(
-        model.tokenizer, prompts=settings.held_out_prompts, length=settings.held_out_length, seed=settings.seed
+        _tokenizer(model), prompts=settings.held_out_prompts, length=settings.held_out_length, seed=settings.seed
     )
     return Probe("held_out", tuple(tasks.values()), (HELD_OUT_LOSS,), run)
 

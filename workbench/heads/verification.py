@@ -64,12 +64,19 @@ class Ablator:
 def matched_heads(spec: Spec, heads: Sequence[Head], rng: np.random.Generator) -> tuple[Head, ...]:
     """As many other heads, layer by layer the same number, drawn without replacement."""
     taken = set(heads)
-    free = {layer.index: [Head(layer.index, h) for h in range(layer.heads) if Head(layer.index, h) not in taken] for layer in spec.layers}
+    free = {
+        layer.index: [Head(layer.index, h) for h in range(layer.heads) if Head(layer.index, h) not in taken]
+        for layer in spec.layers
+    }
     if sum(len(pool) for pool in free.values()) < len(taken):
-        raise RequestError(f"{len(taken)} heads of {len(spec.heads())} leave too few others to compare with; test fewer.")
+        raise RequestError(
+            f"{len(taken)} heads of {len(spec.heads())} leave too few others to compare with; test fewer."
+        )
     drawn: list[Head] = []
     for head in sorted(taken):
-        nearest = min((layer for layer, pool in free.items() if pool), key=lambda layer: (abs(layer - head.layer), layer))
+        nearest = min(
+            (layer for layer, pool in free.items() if pool), key=lambda layer: (abs(layer - head.layer), layer)
+        )
         drawn.append(free[nearest].pop(int(rng.integers(len(free[nearest])))))
     return tuple(sorted(drawn))
 
@@ -119,7 +126,10 @@ def verify_claim(
         base = intact[metric.name]
         own, others = effects[0][metric.name], np.stack([effect[metric.name] for effect in effects[1:]])
         tables.append(_summary(claim, metric, base, own, others, ablator.how, seed))
-        rows += [_draw(claim, metric, base, index, heads, other) for index, (heads, other) in enumerate(zip(sets[1:], others, strict=True))]
+        rows += [
+            _draw(claim, metric, base, index, heads, other)
+            for index, (heads, other) in enumerate(zip(sets[1:], others, strict=True))
+        ]
     table = pd.DataFrame(tables)
     table["q"] = q_values(table["p"].to_numpy())
     return Verification(table, pd.DataFrame(rows))
@@ -154,7 +164,9 @@ def verify(
     return verify_claim(model, Claim("chosen", chosen, made), ablator, draws=draws, seed=seed, progress=progress)
 
 
-def _summary(claim: Claim, metric: Metric | TextMetric, base: Array, own: Array, others: Array, how: How, seed: int) -> dict[str, object]:
+def _summary(
+    claim: Claim, metric: Metric | TextMetric, base: Array, own: Array, others: Array, how: How, seed: int
+) -> dict[str, object]:
     """One row: the effect with its interval, the controls with theirs, and whether they differ prompt by prompt."""
     interval = bootstrap_mean(own[:, None], seed)
     mean_control = others.mean(axis=1)
@@ -167,13 +179,16 @@ def _summary(claim: Claim, metric: Metric | TextMetric, base: Array, own: Array,
         "baseline": float(base.mean()), "ablated": float((base + own).mean()), "effect": float(own.mean()),
         "low": float(interval.low[0]), "high": float(interval.high[0]),
         "control_effect": float(mean_control.mean()),
-        "control_low": float(np.percentile(mean_control, 2.5)), "control_high": float(np.percentile(mean_control, 97.5)),
+        "control_low": float(np.percentile(mean_control, 2.5)),
+        "control_high": float(np.percentile(mean_control, 97.5)),
         "draws": len(others), "beaten": int(np.sum(beaten)), "p": float(p[0]), "n": len(own),
         "caption": claim.probe.caption,
     }  # fmt: skip
 
 
-def _draw(claim: Claim, metric: Metric | TextMetric, base: Array, index: int, heads: Sequence[Head], effect: Array) -> dict[str, object]:
+def _draw(
+    claim: Claim, metric: Metric | TextMetric, base: Array, index: int, heads: Sequence[Head], effect: Array
+) -> dict[str, object]:
     return {
         "detector": claim.detector, "k": len(claim.heads), "metric": metric.name, "draw": index,
         "heads": " ".join(map(str, heads)), "value": float((base + effect).mean()), "effect": float(effect.mean()),

@@ -170,11 +170,11 @@ class _Group:
     def run(self, results: dict[str, Tensor]) -> None:
         plan = plan_tiles(self.q.shape, self.k.shape, self.window, self.q.device.type)
         batch, kv_heads, queries, keys = *self.k.shape[:2], self.q.shape[2], self.k.shape[2]
-        q = self.q.unflatten(1, (kv_heads, plan.group))
+        q = self.q.unflatten(1, (kv_heads, plan.group))  # type: ignore[no-untyped-call]
         k = pad(self.k.float(), (0, 0, 0, _round_up(keys) - keys)).contiguous()
         columns = self._columns(kv_heads, _round_up(keys) - keys)
         sinks = None if self.sinks is None else self.sinks.float().view(1, kv_heads, plan.group, 1)
-        outputs = {name: array.unflatten(1, (kv_heads, plan.group)) for name, array in results.items()}
+        outputs = {name: array.unflatten(1, (kv_heads, plan.group)) for name, array in results.items()}  # type: ignore[no-untyped-call]
         buffers = torch.empty(2, plan.elements, dtype=torch.float32, device=q.device)
         for low in range(0, batch, plan.prompts):
             for head in range(0, kv_heads, plan.kv_heads):
@@ -236,7 +236,9 @@ class _Tile:
         start = self.span.columns.start
         columns = torch.arange(start, self.span.columns.stop, device=self.logits.device)
         # Only the edge of the block is masked: the columns beyond its first row ...
-        edge = max(0, (int(self.span.rows.start) + self.span.offset + 1 if self.call.causal else self.span.keys) - start)
+        edge = max(
+            0, (int(self.span.rows.start) + self.span.offset + 1 if self.call.causal else self.span.keys) - start
+        )
         hidden = columns[edge:] >= self.span.keys
         if self.call.causal:
             hidden = hidden | (columns[edge:] > self.row_index[:, None])
@@ -249,7 +251,7 @@ class _Tile:
 
     def softmax(self, sinks: Tensor | None) -> None:
         """Probabilities into the second buffer; the first then holds logits minus the row's maximum."""
-        self.maxima = self.logits.unflatten(-1, (-1, GROUP)).amax(-1)
+        self.maxima = self.logits.unflatten(-1, (-1, GROUP)).amax(-1)  # type: ignore[no-untyped-call]
         self.top = self.maxima.amax(-1)
         shift = self.top if sinks is None else torch.maximum(self.top, sinks)
         self.logits.sub_(shift[..., None])
@@ -281,7 +283,9 @@ class _Tile:
         if "distance" in out:
             # Counted from the block's first row, so that short distances keep their digits at any position.
             origin = self.row_index[0]
-            away = (origin - torch.arange(self.span.columns.start, self.span.columns.stop, device=origin.device)).float()
+            away = (
+                origin - torch.arange(self.span.columns.start, self.span.columns.stop, device=origin.device)
+            ).float()
             out["distance"][..., rows] = self.p @ away + (self.row_index - origin) * self.total_real
         self._write_bands(out)
         self._write_maxima(out)
@@ -317,7 +321,7 @@ class _Tile:
 
     def _groups(self, index: Tensor) -> Tensor:
         """The (shifted) logits of the key groups at `index`, side by side."""
-        grouped = self.logits.unflatten(-1, (-1, GROUP))
+        grouped = self.logits.unflatten(-1, (-1, GROUP))  # type: ignore[no-untyped-call]
         chosen = torch.gather(grouped, -2, index[..., None].expand(*index.shape, GROUP))
         return chosen.flatten(-2)
 

@@ -70,17 +70,12 @@ def attention_statistics(
         raise RequestError(f"{q.shape[1]} query heads cannot share {k.shape[1]} KV heads: not a multiple.")
     if key_features is not None and key_features.shape[-1] > MAX_FEATURES:
         raise RequestError(f"{key_features.shape[-1]} key features were given; at most {MAX_FEATURES} fit one pass.")
-    reached = identities_reach(request, geometry, softcap, sinks)
-    if implementation == "auto":
-        # On a CPU the block pass costs no more than SDPA itself; on a GPU the fused kernel wins where it suffices.
-        implementation = "identities" if reached and q.device.type == "cuda" else "blocks"
-    elif implementation == "identities" and not reached:
-        raise RequestError(
-            "The linear identities reach neither maxima, columns, windows, soft caps nor learned sinks; "
-            "ask for implementation='blocks'."
-        )
+    reached = identities_reach(
+        request, geometry, q.dtype, softcap=softcap, sinks=sinks, features=key_features is not None
+    )
+    chosen = _choose(implementation, reached, q.device.type)
     with torch.no_grad():
-        return IMPLEMENTATIONS[implementation](
+        return IMPLEMENTATIONS[chosen](
             q,
             k,
             v,
@@ -92,6 +87,18 @@ def attention_statistics(
             key_features=key_features,
             query_keys=query_keys,
         )
+
+
+def _choose(asked: Implementation, reached: bool, device: str) -> Implementation:
+    """On a CPU the block pass costs no more than SDPA itself; on a GPU the fused kernel wins where it suffices."""
+    if asked == "auto":
+        return "identities" if reached and device == "cuda" else "blocks"
+    if asked == "identities" and not reached:
+        raise RequestError(
+            "The linear identities reach neither maxima, columns, windows, soft caps nor learned sinks, and in half "
+            "precision no entropy, distance or features; ask for implementation='blocks'."
+        )
+    return asked
 
 
 def attention_output(

@@ -89,7 +89,9 @@ class Geometry:
     def visible_count(self, device: torch.device | str = "cpu") -> Int[Tensor, "batch key"]:
         """How many queries can see each key: the divisor of a column mean."""
         columns = torch.arange(self.keys, device=device)
-        start = torch.zeros(self.batch, dtype=torch.long, device=device) if self.start is None else self.start.to(device)
+        start = (
+            torch.zeros(self.batch, dtype=torch.long, device=device) if self.start is None else self.start.to(device)
+        )
         end = start * 0 + self.keys if self.end is None else self.end.to(device)
         low = torch.full_like(columns, self.query_offset)
         high = torch.full_like(columns, self.keys)

@@ -4,7 +4,8 @@ With `A` the attention matrix and `F` functions of the key, `A F` is attention w
 backend computes it in O(N) memory. Also `A_ij = exp(s q_i.k_j - lse_i)` for any pair that is named, and the entropy
 is `lse_i - s q_i.(A K)_i`: attention whose values are the keys. The log-sum-exp comes from the backend's own
 operator. What is not linear (maxima, columns) or not in stock attention (windows, soft caps, learned sinks) is out
-of reach here and goes to `blocks`.
+of reach here and goes to `blocks`; so is, for half-precision inputs, what would come back rounded to half precision
+(entropy, distance, features).
 """
 
 from __future__ import annotations
@@ -16,11 +17,23 @@ from torch import Tensor
 from workbench.kernels.geometry import Geometry
 from workbench.kernels.request import AttentionStatistics, StatisticsRequest
 
+# Mass on the first s tokens is a sum of s single entries.
+MOST_FIRST = 16
+
 
 def identities_reach(
-    request: StatisticsRequest, geometry: Geometry, softcap: float | None, sinks: Tensor | None
+    request: StatisticsRequest,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    *,
+    softcap: float | None,
+    sinks: Tensor | None,
+    features: bool,
 ) -> bool:
-    """Whether this module can serve the request exactly."""
+    """Whether this module can serve the request to float32 accuracy."""
+    rounded = dtype not in (torch.float32, torch.float64) and (request.entropy or request.distance or features)
+    if rounded or any(size > MOST_FIRST for size in request.first):
+        return False
     plain = softcap is None and sinks is None and geometry.window_of(geometry.keys) is None
     square = geometry.causal and geometry.queries == geometry.keys
     return plain and square and not (request.needs_maxima or request.needs_columns or request.recent)
@@ -63,7 +76,13 @@ def _shifted(keys: Tensor, first: int) -> Tensor:
 
 
 def _square(
-    q: Tensor, k: Tensor, v: Tensor, request: StatisticsRequest, scale: float, features: Tensor | None, slots: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    request: StatisticsRequest,
+    scale: float,
+    features: Tensor | None,
+    slots: Tensor | None,
 ) -> dict[str, Tensor]:
     group, keys = q.shape[1] // k.shape[1], k.shape[2]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
@@ -80,8 +99,9 @@ def _square(
     if request.distance:
         found["distance"] = index - _weighted(q, k, index[None, None, :, None].float(), scale)[..., 0]
     if request.first:
-        within = torch.stack([index < size for size in request.first], dim=-1).float()
-        found["first"] = _weighted(q, k, within[None, None], scale)
+        leading = index[: max(request.first)].expand(len(q), keys, -1)
+        mass = _at_pairs(q, k, lse, leading, scale).cumsum(-1)
+        found["first"] = torch.stack([mass[..., min(size, keys) - 1] for size in request.first], dim=-1)
     if features is not None:
         found["features"] = _weighted(q, k, features.float()[:, None], scale)
     if request.offsets:
@@ -96,14 +116,17 @@ def _square(
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Causal attention output and log-sum-exp (float32) from the backend's own operator; heads already repeated."""
-    aten = torch.ops.aten
+    aten, width = torch.ops.aten, v.shape[-1]
+    if q.device.type != "cpu" and q.shape[-1] % 8:
+        # Fused CUDA kernels want widths in steps of eight; zeros change no product.
+        q, k, v = (torch.nn.functional.pad(x, (0, -x.shape[-1] % 8)) for x in (q, k, v))
     if q.device.type == "cpu":
         output, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
     elif q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1]:
         output, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)[:2]
     else:
         output, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scale)[:2]
-    return output, lse[..., : q.shape[2]].float()
+    return output[..., :width], lse[..., : q.shape[2]].float()
 
 
 def _weighted(q: Tensor, k: Tensor, values: Tensor, scale: float) -> Tensor:

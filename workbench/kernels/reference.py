@@ -87,7 +87,9 @@ def reference_statistics(
         "first": _stack([torch.einsum("b h i j, b j -> b h i", a, (from_start < s).double()) for s in request.first]),
         "recent": _stack([(a * (distance < w)).sum(-1) for w in request.recent]),
         "offsets": _stack([at_offset(o) for o in request.offsets]),
-        "features": None if key_features is None else torch.einsum("b h i j, b j c -> b h i c", a, key_features.double()),
+        "features": None
+        if key_features is None
+        else torch.einsum("b h i j, b j c -> b h i c", a, key_features.double()),
         "at_keys": None if query_keys is None else _gather(a, query_keys),
         "sink_mass": sink,
         "top_mass": top_mass,

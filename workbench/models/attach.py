@@ -96,9 +96,7 @@ class AttentionCall:
 
 Observer = Callable[[AttentionCall], Tensor]
 # Attention module -> the attachment that watches it (weakly, so that dropping it detaches) and its layer.
-_WATCHED: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Attachment], int]] = (
-    weakref.WeakKeyDictionary()
-)
+_WATCHED: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Attachment], int]] = weakref.WeakKeyDictionary()
 
 
 class Attachment:
@@ -199,14 +197,10 @@ def _attention(
     """The attention function that transformers calls: `[B, H, Q, D]` in, `[B, Q, H, D]` out."""
     attachment, layer = _watcher(module)
     unknown = [
-        name
-        for name, value in more.items()
-        if name not in _NEUTRAL and value is not None and value is not False
+        name for name, value in more.items() if name not in _NEUTRAL and value is not None and value is not False
     ]
     if unknown:
-        raise ModelRefused(
-            f"Layer {layer} passes {unknown[0]!r} to its attention, which we do not reproduce."
-        )
+        raise ModelRefused(f"Layer {layer} passes {unknown[0]!r} to its attention, which we do not reproduce.")
     if dropout:
         raise RequestError("Attention dropout is on; call model.eval() before tracing.")
     if is_causal is False:

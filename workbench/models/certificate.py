@@ -62,12 +62,8 @@ class Certificate:
         """Refuse a model that failed a check."""
         failed = [check for check in self.checks if not check.passed]
         if failed:
-            reasons = "; ".join(
-                f"{c.name}: {c.measured:.2g} (tolerance {c.tolerance:.2g}), {c.detail}" for c in failed
-            )
-            raise CertificateFailed(
-                f"The model is refused, because our view of it is not the model. {reasons}."
-            )
+            reasons = "; ".join(f"{c.name}: {c.measured:.2g} (tolerance {c.tolerance:.2g}), {c.detail}" for c in failed)
+            raise CertificateFailed(f"The model is refused, because our view of it is not the model. {reasons}.")
 
 
 @dataclass(frozen=True)
@@ -139,13 +135,9 @@ def _checks(attachment: Attachment, untouched: _Untouched) -> list[Check]:
     tolerance = TOLERANCE.get(attachment.dtype, 5e-2)
     with torch.no_grad():
         calls, logits = _captured(attachment, untouched.batch)
-        checks = [
-            _close("logits", _error(logits, untouched.logits), tolerance, "against the untouched model")
-        ]
+        checks = [_close("logits", _error(logits, untouched.logits), tolerance, "against the untouched model")]
         checks.append(_close("output", *_rebuilt(calls, untouched, tolerance)))
-        checks.append(
-            _close("rows", _rows(calls), 2e-5, "each row sums to one, less the mass of a learned sink")
-        )
+        checks.append(_close("rows", _rows(calls), 2e-5, "each row sums to one, less the mass of a learned sink"))
         checks.append(_close("causal", *_causal(attachment, untouched, tolerance)))
         for side in ("left", "right"):
             error = _padding(attachment, untouched, side)

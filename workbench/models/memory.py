@@ -1,18 +1,20 @@
 """How much memory a trace will take, said before anything is allocated.
 
-What a model's own layers take grows linearly with the tokens of a forward pass; the slope is measured once per
-attached model, on two short probes, by counting live tensor storage as operators allocate it (`AllocationMeter`).
-What statistics, captured sites and logits take follows from their shapes. The sum is the predicted peak beyond the
-weights; a prediction over the limit is refused with both numbers.
+What a model's own layers hold grows linearly with the tokens of a forward pass; it is measured once per
+attached model, on three short probes, by counting live tensor storage as operators allocate it
+(`AllocationMeter`), from mark to mark along the pass. What statistics, captured sites and logits take follows
+from their shapes, and is held from the mark on where it is stored. The most that is held at any mark is the
+predicted peak beyond the weights; a prediction over the limit is refused with both numbers.
 """
 
 from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,20 +22,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from workbench.errors import MemoryRefused
-from workbench.models.attach import AttentionCall, Attachment
+from workbench.models.architectures import ends
+from workbench.models.attach import Attachment, AttentionCall
 
-PROBE_TOKENS = (96, 192)
+PROBE_TOKENS = 96
+LOGIT_ROWS = 8
 
 
-class AllocationMeter(TorchDispatchMode):
+class AllocationMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of tensor storage alive, and their peak, among what is allocated while the mode is on.
 
-    It sees what operators return, not what they use inside; works on any device, unlike the CUDA counters. Storage
-    of the `known` tensors (weights) is not counted.
+    It sees what operators return, not what they use inside; works on any device, unlike the CUDA counters.
+    Storage of the `known` tensors (weights) is not counted.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.current = 0
         self.peak = 0
         self._live = {tensor.untyped_storage().data_ptr() for tensor in known}
@@ -60,52 +64,71 @@ class AllocationMeter(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class BodyCost:
-    """Bytes that the model's own layers hold: `fixed + per_token * tokens`, outside attention and at its entry."""
+class Cost:
+    """Bytes held in a forward pass, as a function of its size.
+
+    What depends on positions alone (rotary angles) is held once for all prompts, unless padding gives each
+    prompt positions of its own.
+    """
 
     fixed: float
     per_token: float
-    entry_fixed: float
-    entry_per_token: float
+    per_position: float
 
-    def peak(self, tokens: int) -> float:
-        return self.fixed + self.per_token * tokens
+    def __call__(self, prompts: int, tokens: int, padded: bool) -> int:
+        positions = tokens * (prompts if padded else 1)
+        return int(self.fixed + self.per_token * prompts * tokens + self.per_position * positions)
 
-    def at_attention(self, tokens: int) -> float:
-        return self.entry_fixed + self.entry_per_token * tokens
+
+@dataclass(frozen=True)
+class Mark:
+    """A place that a forward pass comes by, in a layer.
+
+    `place` is the name of a site, "attention" (where the attention function is entered), "logits" (where the
+    unembedding is) or "end"; `alive` is what is held there, `peak` the most that was since the mark before.
+    """
+
+    place: str
+    layer: int
+    alive: Cost
+    peak: Cost
+
+
+@dataclass(frozen=True)
+class BodyCost:
+    """What the model's own layers hold, mark by mark, and what one row of logits takes while it is made.
+
+    Attention itself is left out: what it takes is known from its shapes.
+    """
+
+    marks: tuple[Mark, ...]
+    logit_row: float
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The predicted peak of one trace beyond the weights (bytes), by what takes it."""
+    """The predicted peak of one trace beyond the weights (bytes), what is kept of it, and where it is reached."""
 
-    body: int
-    attention: int
-    logits: int
+    peak: int
     stored: int
-
-    @property
-    def peak(self) -> int:
-        """Layers, attention and logits take turns; what is kept is held throughout."""
-        return self.stored + max(self.body, self.attention, self.logits)
+    place: str
 
     def check(self, limit: int | None, advice: str) -> None:
-        """Refuse a peak over `limit` bytes (None: what the machine has free)."""
-        allowed = limit
-        if allowed is not None and self.peak > allowed:
+        """Refuse a peak over `limit` bytes; None, where the system does not say what is free, refuses nothing."""
+        if limit is not None and self.peak > limit:
             raise MemoryRefused(
-                f"This trace needs about {size(self.peak)} beyond the weights ({size(self.stored)} of it kept), "
-                f"but {size(allowed)} are allowed. {advice}"
+                f"This trace needs about {size(self.peak)} beyond the weights, reached at {self.place} "
+                f"({size(self.stored)} are results that it keeps), but {size(limit)} are allowed. {advice}"
             )
 
     def __str__(self) -> str:
-        return f"predicted peak {size(self.peak)} beyond the weights, {size(self.stored)} of it kept"
+        return f"predicted peak {size(self.peak)} beyond the weights, {size(self.stored)} of results"
 
 
 def size(count: float) -> str:
     """Bytes for people: binary units, three digits."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
+        if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1024
     return f"{count:.3g} TiB"
@@ -128,29 +151,72 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def measure_body(attachment: Attachment) -> BodyCost:
-    """Run two short prompts and fit what the model's own layers hold per token."""
-    longest = attachment.spec.max_positions or PROBE_TOKENS[1]
-    counts = [min(tokens, max(2, longest // (2 - i))) for i, tokens in enumerate(PROBE_TOKENS)]
-    (few, (peak_few, entry_few)), (many, (peak_many, entry_many)) = (
-        (n, _probe(attachment, n)) for n in counts
+    """Run three short probes and fit what the model's own layers hold per token and per position."""
+    longest = attachment.spec.max_positions or 2 * PROBE_TOKENS
+    few = max(1, min(PROBE_TOKENS, longest // 2))
+    many = max(few, min(2 * few, longest))
+    with torch.no_grad():
+        one, longer, two = (_Probe(attachment).run(*shape) for shape in ((1, few), (1, many), (2, few)))
+
+    def fit(ones: int, longers: int, twos: int) -> Cost:
+        per_token = (twos - ones) / few
+        per_position = (longers - ones) / max(1, many - few) - per_token
+        return Cost(ones - few * (per_token + per_position), per_token, per_position)
+
+    marks = tuple(
+        Mark(a.place, a.layer, fit(a.alive, b.alive, c.alive), fit(a.peak, b.peak, c.peak))
+        for a, b, c in zip(one, longer, two, strict=True)
     )
-    step = max(1, many - few)
-    slope, entry_slope = (peak_many - peak_few) / step, (entry_many - entry_few) / step
-    return BodyCost(peak_few - slope * few, slope, entry_few - entry_slope * few, entry_slope)
+    entry, end = longer[-2:]
+    return BodyCost(marks, (end.peak - entry.alive) / min(LOGIT_ROWS, many))
 
 
-def _probe(attachment: Attachment, tokens: int) -> tuple[int, int]:
-    """Peak of one forward pass over `tokens` tokens, and what is alive when attention is entered."""
-    hf_model = attachment.hf_model
-    meter, entries = AllocationMeter([*hf_model.parameters(), *hf_model.buffers()]), [0]
+class _Seen(NamedTuple):
+    place: str
+    layer: int
+    alive: int
+    peak: int
 
-    def watch(call: AttentionCall) -> Tensor:
-        # What attention itself takes is known from its shapes; a stand-in of z's size keeps it out of the slope.
-        entries.append(meter.current)
+
+class _Probe:
+    """A forward pass under the meter, with a mark at every place where a trace would store something."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment, self.seen = attachment, list[_Seen]()
+        hf_model = attachment.hf_model
+        self.meter = AllocationMeter([*hf_model.parameters(), *hf_model.buffers()])
+
+    def run(self, prompts: int, tokens: int) -> list[_Seen]:
+        hf_model, spec = self.attachment.hf_model, self.attachment.spec
+        ids = torch.arange(prompts * tokens, device=self.attachment.device) * 7919 % spec.vocab_size
+        with ExitStack() as stack:
+            for layer in self.attachment.layers:
+                index = layer.index
+                stack.callback(layer.block.register_forward_pre_hook(self._hook("resid_pre", index)).remove)
+                writes = (
+                    (layer.attention_write, "attn_out"),
+                    (layer.mlp_write, "mlp_out"),
+                    (layer.block, "resid_post"),
+                )
+                for module, place in writes:
+                    if module is not None:
+                        stack.callback(module.register_forward_hook(self._hook(place, index)).remove)
+            unembedding = ends(hf_model).unembedding
+            stack.callback(unembedding.register_forward_pre_hook(self._hook("logits", spec.n_layers)).remove)
+            stack.enter_context(self.attachment.observe(self._attention))
+            stack.enter_context(self.meter)
+            hf_model(ids.reshape(prompts, tokens), use_cache=False, logits_to_keep=min(LOGIT_ROWS, tokens))
+        self._mark("end", spec.n_layers)
+        return self.seen
+
+    def _hook(self, place: str, layer: int) -> Callable[..., None]:
+        return lambda module, *_: self._mark(place, layer)
+
+    def _attention(self, call: AttentionCall) -> Tensor:
+        self._mark("attention", call.layer)
+        # A stand-in of z's size: what attention takes is known from its shapes.
         return call.q.new_zeros(*call.q.shape[:3], call.v.shape[-1])
 
-    vocabulary = attachment.spec.vocab_size
-    ids = (torch.arange(tokens, device=attachment.device) * 7919 % vocabulary)[None]
-    with torch.no_grad(), attachment.observe(watch), meter:
-        hf_model(ids, use_cache=False, logits_to_keep=1)
-    return meter.peak, max(entries)
+    def _mark(self, place: str, layer: int) -> None:
+        self.seen.append(_Seen(place, layer, self.meter.current, self.meter.peak))
+        self.meter.peak = self.meter.current

@@ -63,9 +63,7 @@ class Content:
         figures = self.figure_ids(omit)
         return {
             "palettes": {palette.name: _for_scripts(palette) for palette in (LIGHT, DARK)},
-            "templates": {p.name: template(p is DARK).to_plotly_json() for p in (LIGHT, DARK)}
-            if figures
-            else {},
+            "templates": {p.name: template(p is DARK).to_plotly_json() for p in (LIGHT, DARK)} if figures else {},
             "figures": figures,
             "table": self.slim_table if "details" in omit else self.table,
             "tokens": {p.example: list(p.tokens) for p in views},

@@ -64,9 +64,7 @@ def cards(run: RunLike, known: Catalogue, found: list[Pattern]) -> list[Card]:
     result = []
     for layer, head in _chosen(ranked, known, found, curved):
         rows = ranked[(ranked["layer"] == layer) & (ranked["head"] == head)].set_index("detector")
-        bars = tuple(
-            _bar(rows.loc[d.name].to_dict(), d, *ranges[d.name]) for d in known if d.name in rows.index
-        )
+        bars = tuple(_bar(rows.loc[d.name].to_dict(), d, *ranges[d.name]) for d in known if d.name in rows.index)
         named = sorted((bar for bar in bars if bar.passes or bar.rank == 1), key=lambda bar: bar.rank)
         name = head_name(layer, head)
         result.append(

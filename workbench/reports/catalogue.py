@@ -90,9 +90,7 @@ def catalogue(run: RunLike) -> Catalogue:
     scored = [str(name) for name in dict.fromkeys(scores["detector"])] if scores is not None else []
     table = frame(run, "detectors")
     described = {} if table is None else {str(r["detector"]): _info(r) for r in table.to_dict("records")}
-    names = [name for name in described if name in scored] + [
-        name for name in scored if name not in described
-    ]
+    names = [name for name in described if name in scored] + [name for name in scored if name not in described]
     values = {} if scores is None else scores.groupby("detector")["value"].count().to_dict()
     silent = frozenset(name for name in names if not values.get(name))
     return Catalogue(tuple(described.get(name) or _bare(name) for name in names), silent)
@@ -100,10 +98,7 @@ def catalogue(run: RunLike) -> Catalogue:
 
 def _info(row: dict[str, Any]) -> DetectorInfo:
     name = str(row["detector"])
-    texts = {
-        key: _text(row.get(key))
-        for key in ("measures", "unit", "paper", "caption", "positions", "null", "note")
-    }
+    texts = {key: _text(row.get(key)) for key in ("measures", "unit", "paper", "caption", "positions", "null", "note")}
     threshold, url, better = row.get("threshold"), _text(row.get("url")), _text(row.get("better"))
     return DetectorInfo(
         name=name,

@@ -21,9 +21,7 @@ from workbench.reports.source import RunLike, frame
 Pair = dict[str, Any]
 
 
-def charts(
-    run: RunLike, known: Catalogue, cards: list[Card], found: list[Pattern]
-) -> dict[str, dict[str, Pair]]:
+def charts(run: RunLike, known: Catalogue, cards: list[Card], found: list[Pattern]) -> dict[str, dict[str, Pair]]:
     """`{part: {figure id: figure}}` for all that the run's tables allow."""
     parts: dict[str, dict[str, Pair]] = {}
     for part, name, draw in _plans(run, known, cards, found):
@@ -72,9 +70,7 @@ def _contrast(contrast: pd.DataFrame, dark: bool) -> Any:
     return domain_scatter(contrast, dark=dark)
 
 
-def _ablation(
-    verification: pd.DataFrame, draws: pd.DataFrame | None, titles: dict[str, str], dark: bool
-) -> Any:
+def _ablation(verification: pd.DataFrame, draws: pd.DataFrame | None, titles: dict[str, str], dark: bool) -> Any:
     return ablation_chart(verification, draws, labels=titles, dark=dark)
 
 

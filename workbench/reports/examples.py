@@ -6,6 +6,7 @@ A causal pattern is kept as its lower triangle in 16-bit steps of 1/65535, base6
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ class Pattern:
             "head": self.head,
             "example": self.example,
             "top": round(colour_range(self.values), 4),
-            "start": telling_query(self.values),
+            "start": telling_query(self.values, self.tokens),
             "weights": pack(self.values),
         }
 
@@ -82,14 +83,20 @@ def pack(values: NDArray[np.float32]) -> str:
     return base64.b64encode(steps.tobytes()).decode()
 
 
-def telling_query(values: NDArray[np.float32]) -> int:
-    """The last of the queries with the largest attention to a token other than the first and itself."""
+def telling_query(values: NDArray[np.float32], tokens: Sequence[str]) -> int:
+    """The last of the queries with the largest attention to a token other than the first and itself.
+
+    Words go before punctuation where both attend about as much.
+    """
     count = len(values)
     if count < 3:
         return count - 1
     others = np.tril(values, k=-1)[:, 1:]
     best = others.max(axis=1)
-    return max(query for query in range(count) if best[query] >= 0.9 * best.max())
+    strong = [query for query in range(count) if best[query] >= 0.9 * best.max()]
+    pairs = {query: (tokens[query], tokens[1 + int(others[query].argmax())]) for query in strong}
+    words = [query for query, pair in pairs.items() if all(any(map(str.isalnum, text)) for text in pair)]
+    return max(words or strong)
 
 
 def reach(values: NDArray[np.float32]) -> float:

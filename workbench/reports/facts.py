@@ -102,9 +102,7 @@ def steps(run: RunLike) -> list[tuple[str, str, float]]:
     """(step, seconds as text, share of the longest step in percent)."""
     seconds = {str(k): float(v) for k, v in run.manifest.get("seconds", {}).items() if isinstance(v, Real)}
     longest = max(seconds.values(), default=0.0) or 1.0
-    return [
-        (name, f"{number(value, 1)} s", round(100 * value / longest, 1)) for name, value in seconds.items()
-    ]
+    return [(name, f"{number(value, 1)} s", round(100 * value / longest, 1)) for name, value in seconds.items()]
 
 
 def duration(run: RunLike) -> str:

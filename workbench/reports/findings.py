@@ -108,8 +108,7 @@ def causal(row: dict[str, Any]) -> Causal:
         brief=f"without its top {f'{count} heads' if count > 1 else 'head'}, {name} goes from "
         f"{number(row['baseline'])} to {number(row['ablated'])}{unit} "
         f"(matched random heads: {signed(row['control_effect'])})",
-        text=f"Ablating {heads} takes {metric}: {signed(row['effect'])}{unit} "
-        f"({interval(row['low'], row['high'])}).",
+        text=f"Ablating {heads} takes {metric}: {signed(row['effect'])}{unit} ({interval(row['low'], row['high'])}).",
         control=f"Random heads: {signed(row['control_effect'])}" + (f" ({spread})." if spread else "."),
         verdict=verdict(row),
     )
@@ -133,9 +132,7 @@ def _opening(model: dict[str, Any], detectors: int) -> Markup:
     shape = f" ({layers} layers of {heads} heads)" if layers and heads else ""
     name = model.get("name") or "The model"
     if not detectors:
-        return Markup("<strong>{}</strong>{} was read; no head has been scored in this run.").format(
-            name, shape
-        )
+        return Markup("<strong>{}</strong>{} was read; no head has been scored in this run.").format(name, shape)
     read = "one detector" if detectors == 1 else f"{detectors} detectors"
     return Markup("All heads of <strong>{}</strong>{} were scored by {}.").format(name, shape, read)
 
@@ -147,9 +144,7 @@ def _leading(finding: Finding) -> Markup:
     if finding.equals:
         text += Markup(", as {} other {}").format(finding.equals, "head" if finding.equals == 1 else "heads")
     if finding.passing is not None:
-        count = (
-            "no head reaches" if finding.passing == 0 else f"{finding.passing} of {finding.heads} heads reach"
-        )
+        count = "no head reaches" if finding.passing == 0 else f"{finding.passing} of {finding.heads} heads reach"
         text += Markup("; {} {}").format(count, number(finding.detector.threshold))
     text += Markup(")")
     tested = finding.causal
@@ -170,9 +165,7 @@ _NOT_SHOWN = {
 
 def _balance(verification: pd.DataFrame | None) -> list[Markup]:
     if verification is None:
-        return [
-            Markup("No ablation has been run, so these scores say what heads attend to, not what they do.")
-        ]
+        return [Markup("No ablation has been run, so these scores say what heads attend to, not what they do.")]
     kinds = [verdict(row).kind for row in verification.to_dict("records")]
     shown, inside = kinds.count("shown"), kinds.count("inside")
     text = f"Of {len(kinds)} ablations in all, {shown} went beyond matched random heads"

@@ -32,9 +32,7 @@ BUDGET_BYTES = 8_000_000
 _SCRIPTS = ("core.js", "theme.js", "charts.js", "tokens.js", "table.js", "links.js")
 
 
-def write_report(
-    run: RunLike, path: str | Path, *, gallery: bool = False, budget_bytes: int = BUDGET_BYTES
-) -> Path:
+def write_report(run: RunLike, path: str | Path, *, gallery: bool = False, budget_bytes: int = BUDGET_BYTES) -> Path:
     """Writes the report of `run` to `path` and returns the path.
 
     `gallery=True` packs plotly.js, which makes the file 3 MB smaller and asks for a browser of 2023 or later.
@@ -42,9 +40,7 @@ def write_report(
     """
     target = Path(path)
     if target.is_dir():
-        raise RequestError(
-            f"{target} is a folder; name the HTML file to write, e.g. {target / 'report.html'}."
-        )
+        raise RequestError(f"{target} is a folder; name the HTML file to write, e.g. {target / 'report.html'}.")
     page = render(run, gallery=gallery, budget_bytes=budget_bytes).encode()
     target.parent.mkdir(parents=True, exist_ok=True)
     _replace(target, page)

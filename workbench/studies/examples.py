@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import xarray as xr
+from numpy.typing import NDArray
 
 from workbench.models import Head
 from workbench.tracing import Model
@@ -44,7 +45,7 @@ def example_tables(
 ) -> tuple[pd.DataFrame, pd.DataFrame, xr.Dataset]:
     """Tokens, titles, and the patterns of `heads` on each example; empty where the model has no tokenizer."""
     tokens, info = [], []
-    stack: list[np.ndarray[tuple[int, int], np.dtype[np.float32]]] = []
+    stack: list[NDArray[np.float32]] = []
     labels: list[tuple[str, int, int]] = []
     for example in examples if model.tokenizer is not None else ():
         assert model.tokenizer is not None

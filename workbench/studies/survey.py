@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 
@@ -43,6 +43,7 @@ from workbench.tracing.edits import HOWS, How
 VERIFIED = ("sink", "previous_token", "induction", "retrieval")
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Who is told how far a survey is; the command line shows bars."""
 
@@ -65,12 +66,16 @@ class Silent:
 
 @dataclass(frozen=True)
 class SurveySettings:
-    """What a survey does; `verify` names the detectors whose top `k` heads are ablated (none: no causal check)."""
+    """What a survey does; `verify` names the detectors whose top `k` heads are ablated (none: no causal check).
+
+    What suffers is measured by the probe that the detector's claim is about (`PROBE_OF`), or by `probe` for all.
+    """
 
     detectors: tuple[str, ...] | None = None
     verify: tuple[str, ...] = VERIFIED
     k: int = 8
     how: How = "mean"
+    probe: str | None = None
     draws: int = 10
     top: int = 4
     detection: Settings = field(default_factory=Settings)
@@ -163,7 +168,8 @@ class _Survey:
 
     def describe(self) -> None:
         manifest = self.writer.manifest
-        manifest["model"] = model_facts(self.model)
+        # What is known of the prompts' special tokens stays when a run is taken up again.
+        manifest["model"] = {**manifest.get("model", {}), **model_facts(self.model)}
         manifest["certificate"] = self.model.certificate.as_dict()
         manifest["environment"] = environment()
         manifest["settings"] = self.settings.as_dict()
@@ -194,7 +200,9 @@ class _Survey:
             self.writer.manifest["tops"][detector.name] = [str(head) for head in best]
         shown = {head for d in detectors for head in self._top(d.name, self.settings.top)}
         if len(found.curves):
-            keep = [Head(row.layer, row.head) in shown for row in found.curves[["layer", "head"]].itertuples(index=False)]
+            keep = [
+                Head(row.layer, row.head) in shown for row in found.curves[["layer", "head"]].itertuples(index=False)
+            ]
             self.writer.table(f"position_curves/{kind}", found.curves[keep])
         if len(found.domains):
             self.writer.table("domain_contrast", found.domains)
@@ -205,7 +213,7 @@ class _Survey:
         if not self._begin(step, f"{len(heads)} heads against {self.settings.draws} matched random sets"):
             return
         began = time.monotonic()
-        probe, baseline = self._probe(PROBE_OF[name])
+        probe, baseline = self._probe(self.settings.probe or PROBE_OF[name])
         found = verify_claim(
             self.model, Claim(name, tuple(heads), probe), self._ablate(), draws=self.settings.draws,
             seed=self.settings.probes.seed, baseline=baseline, progress=self.reporter.advance,
@@ -255,7 +263,9 @@ class _Survey:
     def _ablate(self) -> Ablator:
         """Mean outputs come from ordinary text, prose and code, that no metric is measured on."""
         if self._ablator is None:
-            reference = build_tasks(self.model, "text" if self.model.tokenizer is not None else "repeated", self.settings.detection)
+            reference = build_tasks(
+                self.model, "text" if self.model.tokenizer is not None else "repeated", self.settings.detection
+            )
             batch = reference[0].batch.select(range(min(16, len(reference[0]))))
             self._ablator = Ablator.prepare(self.model, self.settings.how, batch)
         return self._ablator
@@ -270,4 +280,3 @@ class _Survey:
             if entry["sha256"] not in known:
                 self.writer.manifest["prompts"].append(dict(entry))
                 self.writer.manifest["model"]["special_tokens"] = task.specials
-

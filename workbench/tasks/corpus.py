@@ -26,9 +26,7 @@ MIN_WORDS = 12
 _EMPHASIS = re.compile(r"(?<![\w*])\*{1,2}([^\s*](?:[^*]*[^\s*])?)\*{1,2}(?![\w*])")
 _FOOTNOTE = re.compile(r"\s?\[(?:\d+|#\w*)\]")
 # A paragraph that holds any of these is a table, a grammar rule, a prompt, a list item or a directive.
-_NOT_PROSE = re.compile(
-    r"::=|>>>|^\s*(?:[-+|=*~^]{2,}|[*\-] |\d+\. |\.\. |\[\w+\] )|\||::|\n\s", re.MULTILINE
-)
+_NOT_PROSE = re.compile(r"::=|>>>|^\s*(?:[-+|=*~^]{2,}|[*\-] |\d+\. |\.\. |\[\w+\] )|\||::|\n\s", re.MULTILINE)
 # Ends a sentence: not the dot of "e.g." or of an initial; what follows is space or the end.
 _SENTENCE_END = re.compile(r"(?<=[\w)\"”\]][\w)\"”\]])(?<!\be\.g)(?<!\bi\.e)(?<!\betc)[.!?][\")”]*(?=\s|$)")
 
@@ -85,9 +83,7 @@ def code_files() -> tuple[Path, ...]:
     root = Path(sysconfig.get_path("stdlib"))
     files = tuple(path for path in sorted(root.glob("*.py")) if not path.name.startswith("_"))
     if not files:
-        raise SourceError(
-            f"{root} holds no Python sources, the source of the code; use a Python that has them."
-        )
+        raise SourceError(f"{root} holds no Python sources, the source of the code; use a Python that has them.")
     return files
 
 
@@ -127,9 +123,7 @@ def _paragraphs(topic: str) -> list[str]:
     return found
 
 
-def _without_docstrings(
-    node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, lines: Sequence[str]
-) -> str:
+def _without_docstrings(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, lines: Sequence[str]) -> str:
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     dropped: set[int] = set()
     for inner in ast.walk(node):

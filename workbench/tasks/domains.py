@@ -65,8 +65,7 @@ def text_domains(
     prefix = _prefix(tokenizer, bos)
     if prompts < 1 or length < len(prefix.ids) + 2:
         raise RequestError(
-            f"prompts={prompts}, length={length}: ask for at least one prompt of "
-            f"{len(prefix.ids) + 2} tokens."
+            f"prompts={prompts}, length={length}: ask for at least one prompt of {len(prefix.ids) + 2} tokens."
         )
     return {domain: _task(tokenizer, domain, prefix, prompts, length, seed) for domain in domains}
 

@@ -26,9 +26,7 @@ class Encoded:
     def tokens_in(self, first: int, last: int) -> tuple[int, int]:
         """The half-open run of tokens that hold the characters ``[first, last)``."""
         inside = [
-            index
-            for index, (start, end) in enumerate(self.offsets)
-            if start < last and end > first and end > start
+            index for index, (start, end) in enumerate(self.offsets) if start < last and end > first and end > start
         ]
         if not inside:
             raise RequestError(f"No token holds the characters {first} to {last} of the text.")

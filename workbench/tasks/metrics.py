@@ -111,16 +111,12 @@ def _mean_log_probability(readings: Readings) -> Float[Tensor, " prompt"]:
 def _match_share(readings: Readings) -> Float[Tensor, " prompt"]:
     there = readings.expected != NONE
     if bool((readings.predicted[there] == NONE).any()):
-        raise RequestError(
-            "This metric needs the most likely tokens: read the answers from logits, not from loss."
-        )
+        raise RequestError("This metric needs the most likely tokens: read the answers from logits, not from loss.")
     right = (readings.predicted == readings.expected) & there
     return right.sum(dim=1) / there.sum(dim=1)
 
 
-INDUCTION_LOSS = Metric(
-    "induction_loss", "Loss on the repeated tokens", "nats per token", "lower", _mean_loss
-)
+INDUCTION_LOSS = Metric("induction_loss", "Loss on the repeated tokens", "nats per token", "lower", _mean_loss)
 COPY_ACCURACY = Metric("copy_accuracy", "Repeated tokens predicted right", "share", "higher", _match_share)
 HELD_OUT_LOSS = Metric("held_out_loss", "Loss on ordinary text", "nats per token", "lower", _mean_loss)
 ANSWER_LOG_PROBABILITY = Metric(
@@ -150,9 +146,7 @@ class TextMetric:
 
     def __call__(self, generated: Sequence[str], answers: Sequence[str]) -> Float[Tensor, " prompt"]:
         if len(generated) != len(answers):
-            raise RequestError(
-                f"{len(generated)} generated texts for {len(answers)} answers; give one for each."
-            )
+            raise RequestError(f"{len(generated)} generated texts for {len(answers)} answers; give one for each.")
         pairs = zip(generated, answers, strict=True)
         return torch.tensor([self.function(text, answer) for text, answer in pairs], dtype=torch.float32)
 

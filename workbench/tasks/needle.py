@@ -7,9 +7,10 @@ After Wu et al. 2024, Retrieval Head Mechanistically Explains Long-Context Factu
 2. The question behind it: ``Based on the content of the book, Question: ... Answer:`` as plain text for a
    base model, as one user turn (the context between ``<book>`` and ``</book>``) where the tokenizer has a
    chat template.
-3. The gold answer behind that, for teacher forcing.  Each answer token is followed to the token of the
-   needle that it is copied from; answer tokens that the tokenizer cut differently there are left out of
-   that list and counted.
+3. The gold answer behind that, for teacher forcing; in a chat turn behind the words that lead up to it in
+   the needle, because chat models answer in whole sentences and would never begin with the bare words.
+   Each answer token is followed to the token of the needle that it is copied from; those that the tokenizer
+   cut differently there are left out of that list and counted.
 
 One pass over such a prompt scores the rows that produce the answer, as greedy decoding would if it were
 right. Whether the model is right is asked by decoding from `Task.decoding` and `accepted`: ROUGE-1 recall
@@ -47,13 +48,17 @@ class _Frame:
 
     before: str
     after: str
-    joint: str
     prefix: Prefix
     chat: bool
 
-    def text(self, context: str, needle: Needle) -> str:
+    def prompt(self, context: str, needle: Needle) -> str:
+        """What the model is asked."""
         template = _CHAT if self.chat else _PLAIN
         return self.before + template.format(context=context, question=needle.question) + self.after
+
+    def lead(self, needle: Needle) -> str:
+        """What stands between the prompt and the answer."""
+        return needle.lead if self.chat else " "
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class _Prompt:
 
     ids: tuple[int, ...]
     text: str
+    reply_start: int
     answer_start: int
     answer_keys: tuple[int, ...]
     spans: dict[str, tuple[int, int]]
@@ -150,7 +156,7 @@ def _frame(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> _Frame:
             f"chat=True, but {type(tokenizer).__name__} has no chat template; pass chat=False or nothing."
         )
     if chat is False or not template:
-        return _Frame("", "", " ", default_prefix(tokenizer), chat=False)
+        return _Frame("", "", default_prefix(tokenizer), chat=False)
     mark = "\u2063workbench\u2063"
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
@@ -158,9 +164,7 @@ def _frame(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> _Frame:
     before, found, after = str(rendered).partition(mark)
     if not found:
         raise RequestError("The chat template does not repeat the user's words; pass chat=False.")
-    return _Frame(
-        before, after, "", Prefix((), "chat template: the special tokens that it writes"), chat=True
-    )
+    return _Frame(before, after, Prefix((), "chat template: the special tokens that it writes"), chat=True)
 
 
 def _check_lengths(
@@ -175,7 +179,7 @@ def _check_lengths(
 
 
 def _overhead(tokenizer: PreTrainedTokenizerBase, frame: _Frame, needle: Needle) -> int:
-    bare = frame.text(needle.text, needle) + frame.joint + needle.answer
+    bare = frame.prompt(needle.text, needle) + frame.lead(needle) + needle.answer
     return len(frame.prefix.ids) + len(encode(tokenizer, bare).ids)
 
 
@@ -197,29 +201,27 @@ def _fit(
         budget -= excess
 
 
-def _build(
-    tokenizer: PreTrainedTokenizerBase, frame: _Frame, hay: str, needle: Needle, percent: float
-) -> _Prompt:
+def _build(tokenizer: PreTrainedTokenizerBase, frame: _Frame, hay: str, needle: Needle, percent: float) -> _Prompt:
     target = _characters(tokenizer, hay, percent)
     at = max(end for end in [0, *corpus.sentence_ends(hay)] if end <= target)
     # At full depth nothing stands behind the needle, not even the beginning of a sentence.
     left, right = hay[:at], "" if percent == 100 else hay[at:]
-    context = f"{left} {needle.text}{right}" if left else f"{needle.text} {right}"
-    template = frame.text(context, needle)
-    prompt = template + frame.joint
-    whole = encode(tokenizer, prompt + needle.answer)
-    needle_at = template.index(needle.text)
-    question_at = template.rindex(needle.question)
-    source_at = needle_at + needle.text.index(f" {needle.answer}") + 1
-    answer = whole.tokens_in(len(prompt), len(whole.text))
-    _refuse_straddling(whole, answer[0], len(prompt))
+    context = f"{left} {needle.text}{right}" if left else f"{needle.text} {right}".rstrip()
+    prompt = frame.prompt(context, needle)
+    reply_at, answer_at = len(prompt), len(prompt) + len(frame.lead(needle))
+    whole = encode(tokenizer, prompt + frame.lead(needle) + needle.answer)
+    needle_at, question_at = prompt.index(needle.text), prompt.rindex(needle.question)
+    source_at = needle_at + len(needle.lead)
+    reply, answer = (whole.tokens_in(at, len(whole.text)) for at in (reply_at, answer_at))
+    _refuse_straddling(whole, reply[0], reply_at)
+    _refuse_straddling(whole, answer[0], answer_at)
     source = whole.tokens_in(source_at, source_at + len(needle.answer))
     needle_span = whole.tokens_in(needle_at, needle_at + len(needle.text))
-    context_at = template.index(context)
+    context_at = prompt.index(context)
     context_span = whole.tokens_in(context_at, context_at + len(context))
     hay_tokens = context_span[1] - context_span[0] - (needle_span[1] - needle_span[0])
     shift = len(frame.prefix.ids)
-    keys = _align(whole, answer, len(prompt), source, source_at)
+    keys = _align(whole, answer, answer_at, source, source_at)
     if sum(key != NONE for key in keys) < LEAST_ALIGNED * len(keys):
         raise RequestError(
             f"Needle {needle.name!r}: {sum(key == NONE for key in keys)} of {len(keys)} answer tokens are "
@@ -235,6 +237,7 @@ def _build(
     return _Prompt(
         ids=(*frame.prefix.ids, *whole.ids),
         text=whole.text,
+        reply_start=reply[0] + shift,
         answer_start=answer[0] + shift,
         answer_keys=tuple(key + shift if key != NONE else NONE for key in keys),
         spans={name: (first + shift, last + shift) for name, (first, last) in spans.items()},
@@ -253,7 +256,7 @@ def _refuse_straddling(whole: Encoded, token: int, start: int) -> None:
     if whole.offsets[token][0] < start:
         first, last = whole.offsets[token]
         raise RequestError(
-            f"The tokenizer joins the prompt's end and the answer's start in one token "
+            f"The tokenizer joins the answer's start to what stands before it in one token "
             f"({whole.text[first:last]!r}), so nothing can be decoded from the prompt alone; pass the other "
             "setting of chat."
         )
@@ -263,9 +266,7 @@ def _align(
     whole: Encoded, answer: tuple[int, int], answer_at: int, source: tuple[int, int], source_at: int
 ) -> list[int]:
     """For each answer token the token of the needle with the same id at the same characters."""
-    places = {
-        (whole.offsets[key][0] - source_at, whole.offsets[key][1] - source_at): key for key in range(*source)
-    }
+    places = {(whole.offsets[key][0] - source_at, whole.offsets[key][1] - source_at): key for key in range(*source)}
     keys = []
     for token in range(*answer):
         first, last = whole.offsets[token]
@@ -307,7 +308,7 @@ def _assemble(
         answer_keys=keys,
         spans={name: torch.tensor([cell.spans[name] for cell in cells]) for name in cells[0].spans},
         keys={"needle": _per_query(batch, positions, keys)},
-        decoding=Batch.from_ids([cell.ids[: cell.answer_start] for cell in cells], pad_id=pad, side="left"),
+        decoding=Batch.from_ids([cell.ids[: cell.reply_start] for cell in cells], pad_id=pad, side="left"),
         answers=answers,
         settings=settings,
         info=info,

@@ -20,19 +20,22 @@ class Needle:
     question: str
     answer: str
 
+    @property
+    def lead(self) -> str:
+        """The needle's words before the answer, with the space between."""
+        return self.text[: self.text.index(f" {self.answer}") + 1]
+
     def __post_init__(self) -> None:
         if self.text.count(f" {self.answer}") != 1:
             raise RequestError(
-                f"Needle {self.name!r}: the answer {self.answer!r} must stand exactly once in its text, "
-                "behind a space."
+                f"Needle {self.name!r}: the answer {self.answer!r} must stand exactly once in its text, behind a space."
             )
 
 
 NEEDLES: tuple[Needle, ...] = (
     Needle(
         "place",
-        "The lighthouse keeper of Varn hides her silver compass behind the third blue barrel in the old fish "
-        "market.",
+        "The lighthouse keeper of Varn hides her silver compass behind the third blue barrel in the old fish market.",
         "Where does the lighthouse keeper of Varn hide her silver compass?",
         "behind the third blue barrel in the old fish market",
     ),
@@ -51,8 +54,7 @@ NEEDLES: tuple[Needle, ...] = (
     ),
     Needle(
         "repair",
-        "Doctor Halvorsen repaired the broken clock with a violin string, two walnut shells and a drop of "
-        "candle wax.",
+        "Doctor Halvorsen repaired the broken clock with a violin string, two walnut shells and a drop of candle wax.",
         "What did Doctor Halvorsen repair the broken clock with?",
         "a violin string, two walnut shells and a drop of candle wax",
     ),

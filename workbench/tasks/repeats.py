@@ -118,9 +118,7 @@ def _vocabulary(
                 "start token or ask for bos=False."
             )
         size, excluded = tokenizer, set() if bos_id is None else {bos_id}
-        prefix = (
-            Prefix((bos_id,), f"start token {bos_id} before the text") if bos and bos_id is not None else None
-        )
+        prefix = Prefix((bos_id,), f"start token {bos_id} before the text") if bos and bos_id is not None else None
     else:
         if bos_id is not None:
             raise RequestError(f"bos_id={bos_id}: a tokenizer brings its own start token; leave bos_id out.")

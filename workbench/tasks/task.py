@@ -35,7 +35,7 @@ class Task:
     `answer_keys`
         where the prompt holds the same token for copying (one key an answer token), or None.
     `decoding`, `answers`
-        the prompts without their answers, padded on the left for greedy decoding, and the answers as text.
+        the prompts without a reply, padded on the left for greedy decoding, and the answers as text.
     `specials`
         the special-token policy in words.
     `settings`, `info`
@@ -65,9 +65,7 @@ class Task:
             )
         there = self.answer_positions != NONE
         row = self.answer_positions.clamp(min=0)
-        if not torch.equal(there, self.answer_ids != NONE) or bool(
-            (row >= self.batch.ids.shape[1] - 1).any()
-        ):
+        if not torch.equal(there, self.answer_ids != NONE) or bool((row >= self.batch.ids.shape[1] - 1).any()):
             raise RequestError("Each answer needs both an id and the row before it, within the batch.")
         if not torch.equal(self.batch.ids.gather(1, row + 1)[there], self.answer_ids[there]):
             raise RequestError(

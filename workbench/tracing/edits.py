@@ -129,9 +129,7 @@ def ablate(
     reference: Batch | None = None,
 ) -> Ablation:
     """Ablate heads (`"L5H3"` or `Head(5, 3)`); `mean` and `resample` need `values` or `reference` prompts."""
-    chosen = tuple(
-        dict.fromkeys(Head.parse(head) if isinstance(head, str) else Head(*head) for head in heads)
-    )
+    chosen = tuple(dict.fromkeys(Head.parse(head) if isinstance(head, str) else Head(*head) for head in heads))
     if how not in HOWS:
         raise RequestError(f"how={how!r} is no ablation; choose one of {', '.join(HOWS)}.")
     if how in ("mean", "resample") and values is None and reference is None:

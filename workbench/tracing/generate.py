@@ -1,21 +1,24 @@
 """Greedy decoding under edits, with statistics of the rows that produce each token.
 
-The first step's row is that of the last prompt token (it emits the first new token); later steps add one row each.
-Prompts are padded on the left, so that all of them end in the same column.
+The first step's row is that of the last prompt token (it emits the first new token); later steps add one row
+each. Prompts are padded on the left, so that all of them end in the same column.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.errors import RequestError
-from workbench.models import AttentionCall, Batch
+from workbench.kernels import StatisticsRequest
+from workbench.models import AttentionCall, Batch, Spec
 from workbench.tracing.edits import Ablation, Edit, apply_ablation
 from workbench.tracing.statistics import Measured, Statistic
 
@@ -27,7 +30,8 @@ if TYPE_CHECKING:
 class Generation:
     """New tokens of each prompt (-1 after its end), their text, and statistics `[prompt, layer, head, step]`.
 
-    Keys in statistics count from the prompt's first real token.
+    Keys in statistics count from the prompt's first real token. After a prompt's end statistics are NaN, keys
+    -1.
     """
 
     ids: Int[Tensor, "prompt step"]
@@ -48,10 +52,7 @@ def generate(
     stop_ids: Iterable[int] | None,
 ) -> Generation:
     """Greedy continuation; ablations act in prefill and decoding alike, at every position."""
-    _refuse(edits, statistics, max_new_tokens)
     ablations = [edit for edit in edits if isinstance(edit, Ablation)]
-    for ablation in ablations:
-        ablation.check(model.spec)
     batch = _left_padded(batch).to(model.device)
     reader = _Reader(ablations, statistics, batch)
     stops = _stop_ids(model) if stop_ids is None else set(stop_ids)
@@ -63,9 +64,13 @@ def generate(
         for _ in range(max_new_tokens):
             reader.columns = mask.shape[1]
             output = hf_model(
-                ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True,
+                ids,
+                attention_mask=mask.long(),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
                 logits_to_keep=1,
-            )  # fmt: skip
+            )
             cache = output.past_key_values
             token = output.logits[:, -1].argmax(-1)
             reader.end_step()
@@ -77,7 +82,7 @@ def generate(
             ids, positions = token[:, None], positions[:, -1:] + 1
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
     new = torch.stack(steps, dim=1).cpu()
-    return Generation(new, _texts(model, new, stops), reader.finish())
+    return Generation(new, _texts(model, new, stops), reader.finish(new < 0))
 
 
 class _Reader:
@@ -98,13 +103,15 @@ class _Reader:
         return z
 
     def _measure(self, call: AttentionCall) -> None:
-        request = self.statistics[0].request
-        for statistic in self.statistics[1:]:
-            request = request | statistic.request
-        request = replace(request, output=True)
-        found = call.statistics(request)
-        # A sliding cache has dropped early keys; count from the prompt's first token all the same.
+        request = reduce(lambda a, b: a | b, (s.request for s in self.statistics), StatisticsRequest(output=True))
+        # Keys of the call, counted from the prompt's first token: padding before it, a sliding cache dropped some.
         shift = self.columns - call.k.shape[2] - self.batch.starts.to(call.q.device)
+        dropped = bool(request.first) and bool((shift > 0).any())
+        found = call.statistics(
+            request, key_features=_first_keys(shift, call.k.shape[2], request.first) if dropped else None
+        )
+        if dropped:
+            found = replace(found, first=found.features)
         for statistic in self.statistics:
             value = statistic.read(Measured(found, request, call, None, None, None))
             if statistic.integer:
@@ -112,39 +119,61 @@ class _Reader:
             self._step.setdefault(statistic.name, []).append(value[:, :, 0].cpu())
 
     def end_step(self) -> None:
+        """The layers of one step side by side; where a layer has fewer heads than others, nothing."""
         for name, layers in self._step.items():
             heads = max(layer.shape[1] for layer in layers)
             even = [
-                torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, heads - x.shape[1])) for x in layers
+                torch.cat([x, torch.full_like(x[:, :1], _nothing(x)).expand(-1, heads - x.shape[1], *x.shape[2:])], 1)
+                for x in layers
             ]
             self._steps.setdefault(name, []).append(torch.stack(even, dim=1))
         self._step = {}
 
-    def finish(self) -> dict[str, Tensor]:
-        return {name: torch.stack(steps, dim=3) for name, steps in self._steps.items()}
+    def finish(self, ended: Bool[Tensor, "prompt step"]) -> dict[str, Tensor]:
+        """All steps, those after a prompt's end marked."""
+        values = {name: torch.stack(steps, dim=3) for name, steps in self._steps.items()}
+        for value in values.values():
+            value[ended[:, None, None, :].expand(value.shape[:4])] = _nothing(value)
+        return values
 
 
-def _refuse(edits: Sequence[Edit], statistics: Sequence[Statistic], max_new_tokens: int) -> None:
+def _nothing(like: Tensor) -> float:
+    return math.nan if like.is_floating_point() else -1
+
+
+def _first_keys(shift: Tensor, keys: int, sizes: Sequence[int]) -> Float[Tensor, "prompt key size"]:
+    """Whether a key is among the first of its prompt, of which a sliding cache may hold none."""
+    place = torch.arange(keys, device=shift.device) + shift[:, None]
+    return torch.stack([(place >= 0) & (place < size) for size in sizes], dim=-1).float()
+
+
+def check_request(
+    spec: Spec, batch: Batch, max_new_tokens: int, edits: Sequence[Edit], statistics: Sequence[Statistic]
+) -> None:
+    """Refuse what cannot be done while decoding, before anything runs."""
     if max_new_tokens < 1:
         raise RequestError(f"max_new_tokens = {max_new_tokens}: ask for 1 or more.")
+    # The last new token is never fed back.
+    longest, most = int(batch.lengths.max()) + max_new_tokens - 1, spec.max_positions
+    if most is not None and not spec.rotary and longest > most:
+        raise RequestError(
+            f"max_new_tokens = {max_new_tokens}: {longest} tokens exceed the model's {most} learned positions."
+        )
     for edit in edits:
         if not isinstance(edit, Ablation):
             raise RequestError("generate() takes ablations; patches belong to one forward pass (trace).")
+        edit.check(spec)
         fixed = edit.values is not None and any(value.ndim > 1 for value in edit.values.values())
-        if fixed or edit.positions is not None:
+        if fixed or edit.how == "resample" or edit.positions is not None:
             raise RequestError(
-                "generate() ablates all positions with one value: new tokens have no value or position of their own. "
-                "Use how='zero', 'mean', 'uniform' or 'to_sink' without positions."
+                f"generate() cannot ablate with how={edit.how!r} and these values or positions: new tokens have "
+                "none of their own. Use how='zero', 'mean', 'uniform' or 'to_sink' without positions."
             )
     for statistic in statistics:
         if statistic.axis == "key" or statistic.key_features is not None or statistic.query_keys is not None:
-            raise RequestError(
-                f"{statistic.name!r} is fixed to the keys of a batch; generate() takes row statistics."
-            )
+            raise RequestError(f"{statistic.name!r} is fixed to the keys of a batch; generate() takes row statistics.")
         if statistic.needs_result_factor:
-            raise RequestError(
-                f"{statistic.name!r} is not measured while decoding; trace the finished text instead."
-            )
+            raise RequestError(f"{statistic.name!r} is not measured while decoding; trace the finished text instead.")
 
 
 def _left_padded(batch: Batch) -> Batch:

@@ -16,7 +16,8 @@ from workbench.models import Attachment, Batch, Certificate, Head, Spec, attach_
 from workbench.models.loading import Source, resolve
 from workbench.models.memory import BodyCost, Prediction, free_memory, measure_body
 from workbench.tracing.edits import Ablation, Edit
-from workbench.tracing.plan import Plan, predict, refuse_large_patterns
+from workbench.tracing.plan import Plan, refuse_large_patterns
+from workbench.tracing.preflight import Piece, Preflight
 from workbench.tracing.statistics import Statistic
 from workbench.tracing.trace import Collector, Trace
 from workbench.tracing.watch import Watch
@@ -32,8 +33,9 @@ _log = logging.getLogger("workbench")
 class Model:
     """An attached, certified model.
 
-    `trace` reads and edits a forward pass; `generate` continues prompts greedily under the same edits. The Hugging
-    Face model itself is `attachment.hf_model`, with its own weights and code; `detach` gives it back as it was.
+    `trace` reads and edits a forward pass; `generate` continues prompts greedily under the same edits. The
+    Hugging Face model itself is `attachment.hf_model`, with its own weights and code; `detach` gives it back as
+    it was.
     """
 
     attachment: Attachment
@@ -46,7 +48,8 @@ class Model:
 
     def __repr__(self) -> str:
         spec = self.spec
-        return f"<Model {self.source.name}: {spec.architecture}, {spec.n_layers} layers, {len(spec.heads())} heads>"
+        shape = f"{spec.n_layers} layers, {len(spec.heads())} heads"
+        return f"<Model {self.source.name}: {spec.architecture}, {shape}>"
 
     @property
     def spec(self) -> Spec:
@@ -63,7 +66,7 @@ class Model:
     def batch(
         self, prompts: str | Sequence[str] | Sequence[Sequence[int]] | Batch, *, special_tokens: bool = True
     ) -> Batch:
-        """Prompts as a batch: texts (the tokenizer's own special tokens unless turned off) or lists of token ids."""
+        """Prompts as a batch: texts (with the tokenizer's special tokens unless turned off) or token ids."""
         if isinstance(prompts, Batch):
             return prompts
         prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -107,44 +110,45 @@ class Model:
         Raises:
             MemoryRefused: before allocation, with the predicted peak and what would fit.
         """
-        batch = self._checked(self.batch(prompts))
-        plan = Plan.compile(self.spec, _flatten(statistics), sites, self._resolved(edits, batch))
-        refuse_large_patterns(plan, self.spec, batch)
-        pieces = list(self._pieces(batch, tokens_at_once))
-        wanted = _wanted_positions(batch, logits)
-        prediction = self._predict(plan, batch, max(pieces, key=lambda p: p[1].ids.numel())[1], wanted, loss)
+        job = self._job(prompts, statistics, sites, edits, logits, loss, tokens_at_once)
+        batch, prediction = job.batch, self._predict(job)
+        advice = f"lower tokens_at_once (now {job.pieces[0][1].ids.numel()} tokens)"
         prediction.check(
             free_memory(self.device) if memory_limit is None else memory_limit,
-            f"Cut the prompts, trace fewer of them, or lower tokens_at_once (now {pieces[0][1].ids.numel()} tokens).",
+            f"Cut the prompts, trace fewer of them, or {advice}.",
         )
         _log.info("trace of %d prompts, %d tokens: %s", len(batch), int(batch.mask.sum()), prediction)
-        collector = Collector(batch, self.spec, plan.statistics, prediction)
-        collector.trace.logit_positions = wanted
-        for rows, piece in pieces:
+        collector = Collector(batch, self.spec, job.plan.statistics, prediction)
+        collector.trace.logit_positions = job.wanted
+        for rows, piece in job.pieces:
             collector.rows = rows
-            self._run(plan, rows, piece, wanted, loss, collector)
+            self._run(job, rows, piece, collector)
             if progress is not None:
                 progress(rows.stop, len(batch))
         return collector.finish()
 
     def predict_memory(
-        self, prompts: Any, *, statistics: Iterable[Statistic | tuple[Statistic, ...]] = (), sites: Sequence[str] = (),
-        logits: Logits = None, loss: bool = False, tokens_at_once: int | None = None,
-    ) -> Prediction:  # fmt: skip
-        """The peak that `trace` with these arguments would reach beyond the weights; runs nothing but two probes."""
-        batch = self._checked(self.batch(prompts))
-        plan = Plan.compile(self.spec, _flatten(statistics), sites, ())
-        largest = max(self._pieces(batch, tokens_at_once), key=lambda piece: piece[1].ids.numel())[1]
-        return self._predict(plan, batch, largest, _wanted_positions(batch, logits), loss)
+        self,
+        prompts: Any,
+        *,
+        statistics: Iterable[Statistic | tuple[Statistic, ...]] = (),
+        sites: Sequence[str] = (),
+        logits: Logits = None,
+        loss: bool = False,
+        tokens_at_once: int | None = None,
+    ) -> Prediction:
+        """The peak that `trace` with these arguments would reach beyond the weights; runs three short probes."""
+        return self._predict(self._job(prompts, statistics, sites, (), logits, loss, tokens_at_once))
 
     def head_outputs(self, prompts: Any, heads: Iterable[Head], *, mean: bool) -> dict[Head, Tensor]:
-        """z of heads on reference prompts: their mean over all real positions `[dim]`, or all `[prompt, token, dim]`."""
+        """z of heads on reference prompts: all `[prompt, token, dim]`, or its mean over real tokens `[dim]`."""
         chosen = list(heads)
         batch = self.batch(prompts)
         layers = sorted({head.layer for head in chosen})
         found = self.trace(batch, sites=[f"blocks.{layer}.attn.hook_z" for layer in layers])
         outputs = {head: found.site("z", head.layer)[:, :, head.head] for head in chosen}
-        return {head: z[batch.mask].mean(0) for head, z in outputs.items()} if mean else outputs
+        real = batch.mask.cpu()
+        return {head: z[real].float().mean(0) for head, z in outputs.items()} if mean else outputs
 
     def generate(
         self,
@@ -156,14 +160,11 @@ class Model:
         stop_ids: Iterable[int] | None = None,
     ) -> Any:
         """Continue prompts greedily; see `workbench.tracing.generate.generate`."""
-        from workbench.tracing.generate import generate
+        from workbench.tracing.generate import check_request, generate
 
-        batch = self._checked(self.batch(prompts))
-        return generate(
-            self, batch, max_new_tokens, self._resolved(edits, batch), _flatten(statistics), stop_ids
-        )
-
-    # --- inside ------------------------------------------------------------------------------------------------
+        batch, wanted = self._checked(self.batch(prompts)), _flatten(statistics)
+        check_request(self.spec, batch, max_new_tokens, edits, wanted)
+        return generate(self, batch, max_new_tokens, self._resolved(edits, batch), wanted, stop_ids)
 
     def _checked(self, batch: Batch) -> Batch:
         low, high = int(batch.ids[batch.mask].min()), int(batch.ids[batch.mask].max())
@@ -172,9 +173,7 @@ class Model:
             raise RequestError(f"Token id {wrong} is outside the vocabulary of {self.spec.vocab_size}.")
         longest, most = int(batch.lengths.max()), self.spec.max_positions
         if most is not None and not self.spec.rotary and longest > most:
-            raise RequestError(
-                f"A prompt of {longest} tokens exceeds the model's {most} learned positions; cut it."
-            )
+            raise RequestError(f"A prompt of {longest} tokens exceeds the model's {most} learned positions; cut it.")
         return batch
 
     def _resolved(self, edits: Sequence[Edit], batch: Batch) -> list[Edit]:
@@ -183,6 +182,8 @@ class Model:
         for edit in edits:
             if isinstance(edit, Ablation) and edit.values is None and edit.reference is not None:
                 edit.check(self.spec)
+                if edit.how == "resample":
+                    _check_reference(edit.reference, batch)
                 values = self.head_outputs(edit.reference, edit.heads, mean=edit.how == "mean")
                 edit = replace(edit, values=values)
             resolved.append(edit)
@@ -202,22 +203,37 @@ class Model:
             yield rows, Batch(batch.ids[rows, :width], batch.mask[rows, :width])
             first = last
 
-    def _predict(
-        self, plan: Plan, batch: Batch, piece: Batch, wanted: Tensor | None, loss: bool
-    ) -> Prediction:
+    def _job(
+        self,
+        prompts: Any,
+        statistics: Iterable[Statistic | tuple[Statistic, ...]],
+        sites: Sequence[str],
+        edits: Sequence[Edit],
+        logits: Logits,
+        loss: bool,
+        tokens_at_once: int | None,
+    ) -> _Job:
+        """Everything checked that can be before the model runs (but for reference prompts of edits)."""
+        batch = self._checked(self.batch(prompts))
+        wanted = _wanted_positions(batch, logits)
+        plan = Plan.compile(self.spec, _flatten(statistics), sites, edits)
+        refuse_large_patterns(plan, self.spec, batch)
+        if any(isinstance(edit, Ablation) and edit.values is None for edit in edits):
+            plan = Plan.compile(self.spec, plan.statistics, sites, self._resolved(edits, batch))
+        plan = plan.laid_out(self.spec, batch)
+        return _Job(batch, plan, list(self._pieces(batch, tokens_at_once)), wanted, loss)
+
+    def _predict(self, job: _Job) -> Prediction:
         if self._cost is None:
             self._cost = measure_body(self.attachment)
-        kept = None if loss else _kept(wanted, piece.ids.shape[1])
-        return predict(self.attachment, self._cost, plan, batch, piece, kept, wanted, loss)
+        preflight = Preflight(self.attachment, self._cost, job.plan, job.batch, job.wanted, job.loss)
+        return preflight.predict([Piece(piece, len(job.kept(rows, piece))) for rows, piece in job.pieces])
 
     @torch.no_grad()
-    def _run(
-        self, plan: Plan, rows: slice, piece: Batch, wanted: Tensor | None, loss: bool, collector: Collector
-    ) -> None:
+    def _run(self, job: _Job, rows: slice, piece: Batch, collector: Collector) -> None:
         width = piece.ids.shape[1]
-        watch = Watch(self.attachment, plan, rows, width, collector.statistic, collector.site)
-        own = None if wanted is None else wanted[rows].clamp(max=width - 1)
-        kept = torch.arange(width) if loss else _kept(own, width)
+        watch = Watch(self.attachment, job.plan, rows, width, collector.statistic, collector.site)
+        own, kept = job.own(rows, width), job.kept(rows, piece)
         options: dict[str, Any] = {"logits_to_keep": kept.to(self.device)}
         piece = piece.to(self.device)
         if piece.padded:
@@ -226,8 +242,31 @@ class Model:
             logits = self.attachment.hf_model(piece.ids, use_cache=False, **options).logits
         if own is not None:
             collector.logits(logits, kept, own)
-        if loss:
+        if job.loss:
             collector.loss(logits, piece.ids)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A trace as it will run: `pieces` are consecutive prompts, cut on the right to the longest among them."""
+
+    batch: Batch
+    plan: Plan
+    pieces: list[tuple[slice, Batch]]
+    wanted: Tensor | None
+    loss: bool
+
+    def own(self, rows: slice, width: int) -> Tensor | None:
+        """Columns of a piece whose logits are wanted, prompt by prompt."""
+        return None if self.wanted is None else self.wanted[rows].clamp(max=width - 1)
+
+    def kept(self, rows: slice, piece: Batch) -> Int[Tensor, " kept"]:
+        """Columns whose logits the model computes: all that some prompt of the piece wants, or the last."""
+        width = piece.ids.shape[1]
+        own = self.own(rows, width)
+        if self.loss:
+            return torch.arange(width)
+        return torch.tensor([width - 1]) if own is None else torch.unique(own)
 
 
 def load(
@@ -239,9 +278,10 @@ def load(
 ) -> Model:
     """Load and attach a model, and certify that our view of it is the model.
 
-    `x` is a hub name, a local folder, a GGUF file, a built-in name (`smollm2-135m`), a Hugging Face model in memory,
-    or a pair of model and tokenizer. Raises `SourceError` where it cannot be found, `ModelRefused` (by name) where an
-    architecture or configuration field is not one that we reproduce, and `CertificateFailed` where a check fails.
+    `x` is a hub name, a local folder, a GGUF file, a built-in name (`smollm2-135m`), a Hugging Face model in
+    memory, or a pair of model and tokenizer. Raises `SourceError` where it cannot be found, `ModelRefused` (by
+    name) where an architecture or configuration field is not one that we reproduce, and `CertificateFailed`
+    where a check fails.
     """
     found = resolve(x, dtype=dtype, device=device, revision=revision)
     attachment, certificate = attach_model(found.model)
@@ -259,14 +299,12 @@ def _wanted_positions(batch: Batch, logits: Logits) -> Tensor | None:
     if logits is None:
         return None
     if isinstance(logits, Tensor):
-        if logits.ndim != 2 or len(logits) != len(batch):
-            raise RequestError(
-                f"logits: positions of shape {tuple(logits.shape)} for {len(batch)} prompts; give [prompt, kept]."
-            )
-        if int(logits.min()) < 0 or int(logits.max()) >= batch.ids.shape[1]:
-            raise RequestError(
-                f"logits: position {int(logits.max())} is outside the batch of {batch.ids.shape[1]} columns."
-            )
+        shape, columns = tuple(logits.shape), batch.ids.shape[1]
+        if logits.ndim != 2 or len(logits) != len(batch) or logits.shape[1] == 0:
+            raise RequestError(f"logits: positions of shape {shape} for {len(batch)} prompts; give [prompt, kept].")
+        wrong = logits[(logits < 0) | (logits >= columns)].tolist()
+        if wrong:
+            raise RequestError(f"logits: position {wrong[0]} is outside the batch of {columns} columns.")
         return logits.cpu()
     if logits == "last":
         return (batch.starts + batch.lengths - 1)[:, None].cpu()
@@ -275,6 +313,14 @@ def _wanted_positions(batch: Batch, logits: Logits) -> Tensor | None:
     raise RequestError(f"logits={logits!r}: choose 'last', 'all' or positions [prompt, kept].")
 
 
-def _kept(wanted: Tensor | None, width: int) -> Tensor:
-    """Columns whose logits the model computes: all that some prompt wants, or only the last."""
-    return torch.tensor([width - 1]) if wanted is None else torch.unique(wanted)
+def _check_reference(reference: Batch, batch: Batch) -> None:
+    """Resampling takes z column by column, so the reference needs a real token wherever the batch has one."""
+    rows, columns = batch.ids.shape
+    mask = reference.mask[:rows, :columns].cpu()
+    mask = mask.expand(rows, -1) if len(mask) == 1 else mask
+    if mask.shape != batch.mask.shape or bool((batch.mask.cpu() & ~mask).any()):
+        raise RequestError(
+            f"ablate(how='resample'): {len(reference)} reference prompts of up to {reference.ids.shape[1]} tokens "
+            f"have no token in some columns of the batch, {rows} prompts of up to {columns}; use reference prompts "
+            "at least as long and as many (or one), padded on the same side."
+        )

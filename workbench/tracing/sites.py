@@ -12,9 +12,7 @@ from typing import Literal, get_args
 from workbench.errors import HeadError, RequestError
 from workbench.models import Spec
 
-Site = Literal[
-    "q", "k", "v", "pattern", "z", "result", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"
-]
+Site = Literal["q", "k", "v", "pattern", "z", "result", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"]
 SITES: tuple[Site, ...] = get_args(Site)
 ATTENTION_SITES: frozenset[Site] = frozenset(["q", "k", "v", "pattern", "z", "result"])
 
@@ -44,9 +42,7 @@ def parse_site(text: str, spec: Spec | None = None) -> tuple[Site, int | None]:
     if spec is not None:
         check_layer(text, layer, spec)
     if name in ("q", "k") and spec is not None and spec.rotary:
-        raise RequestError(
-            f"{text!r} is {name} before rotation; we hold it as it enters the softmax: hook_rot_{name}."
-        )
+        raise RequestError(f"{text!r} is {name} before rotation; we hold it as it enters the softmax: hook_rot_{name}.")
     return _ROTATED.get(name) or _known(name), layer
 
 

@@ -80,6 +80,11 @@ def _entry(name: str, sizes: str, size: int, dim: int = -1) -> Callable[[Measure
     return read
 
 
+def _norm(vectors: Float[Tensor, "*place dim"]) -> Float[Tensor, "*place"]:
+    norm: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
+    return norm
+
+
 def lse() -> Statistic:
     """Log-sum-exp of the row's logits (nats), a learned sink included."""
     return Statistic("lse", StatisticsRequest(lse=True), _field("lse"))
@@ -135,14 +140,10 @@ def offset(distance: int) -> Statistic:
     return Statistic(f"offset_{distance}", request, _entry("offsets", "offsets", distance))
 
 
-def mass(
-    name: str, keys: Bool[Tensor, "prompt key *column"] | Float[Tensor, "prompt key *column"]
-) -> Statistic:
+def mass(name: str, keys: Bool[Tensor, "prompt key *column"] | Float[Tensor, "prompt key *column"]) -> Statistic:
     """Mass on labelled keys: a boolean mask, or up to 64 columns of key weights (one result each)."""
     if keys.ndim not in (2, 3):
-        raise RequestError(
-            f"mass({name!r}): keys of shape {tuple(keys.shape)}; give [prompt, key] or [..., column]."
-        )
+        raise RequestError(f"mass({name!r}): keys of shape {tuple(keys.shape)}; give [prompt, key] or [..., column].")
     features = keys[..., None] if keys.ndim == 2 else keys
 
     def read(measured: Measured) -> Tensor:
@@ -159,9 +160,7 @@ def at_keys(name: str, keys: Int[Tensor, "prompt query *slot"]) -> Statistic:
     A key that the query cannot see has no mass.
     """
     if keys.ndim not in (2, 3):
-        raise RequestError(
-            f"at_keys({name!r}): keys of shape {tuple(keys.shape)}; give [prompt, query(, slot)]."
-        )
+        raise RequestError(f"at_keys({name!r}): keys of shape {tuple(keys.shape)}; give [prompt, query(, slot)].")
     slots = keys[..., None] if keys.ndim == 2 else keys
 
     def read(measured: Measured) -> Tensor:
@@ -215,7 +214,7 @@ def value_norm() -> Statistic:
     def read(measured: Measured) -> Tensor:
         call = measured.call
         group = call.q.shape[1] // call.v.shape[1]
-        return torch.linalg.vector_norm(call.v.float(), dim=-1).repeat_interleave(group, dim=1)
+        return _norm(call.v.float()).repeat_interleave(group, dim=1)
 
     return Statistic("value_norm", StatisticsRequest(), read, axis="key")
 
@@ -225,7 +224,7 @@ def output_norm() -> Statistic:
 
     def read(measured: Measured) -> Tensor:
         assert measured.found.output is not None
-        return torch.linalg.vector_norm(measured.found.output, dim=-1)
+        return _norm(measured.found.output)
 
     return Statistic("output_norm", StatisticsRequest(output=True), read)
 
@@ -236,6 +235,6 @@ def result_norm() -> Statistic:
     def read(measured: Measured) -> Tensor:
         assert measured.found.output is not None and measured.result_factor is not None
         result = torch.einsum("b h q d, h d e -> b h q e", measured.found.output, measured.result_factor)
-        return torch.linalg.vector_norm(result, dim=-1)
+        return _norm(result)
 
     return Statistic("result_norm", StatisticsRequest(output=True), read, needs_result_factor=True)

@@ -19,14 +19,18 @@ from workbench.tracing.statistics import Statistic
 if TYPE_CHECKING:
     import xarray as xr
 
+# Rows of logits whose losses are taken together.
+LOSS_ROWS = 512
+
 
 @dataclass
 class Trace:
     """The results of `Model.trace`, on the CPU.
 
-    `trace["entropy"]` is `[prompt, layer, head, query]` (`[..., key]` for column statistics), float32, NaN at padding
-    and where a layer has fewer heads than others (keys: int64, -1). `logits` are `[prompt, kept, vocab]` at
-    `logit_positions`; `loss` is nats per token, `[prompt, token - 1]`, entry t for the token at t + 1.
+    `trace["entropy"]` is `[prompt, layer, head, query]` (`[..., key]` for column statistics), float32, NaN at
+    padding and where a layer has fewer heads than others (keys: int64, -1). `logits` are `[prompt, kept, vocab]`
+    at `logit_positions`, without meaning at padding; `loss` is nats per token, `[prompt, token - 1]`, entry t for
+    the token at t + 1. Sites hold what the model has there, in its own dtype, also at padding.
     """
 
     batch: Batch
@@ -45,7 +49,7 @@ class Trace:
             raise RequestError(f"No statistic {name!r} in this trace; it has {known}.")
         return self.values[name]
 
-    def site(self, site: str, layer: int | None = None) -> Shaped[Tensor, "..."]:
+    def site(self, site: str, layer: int | None = None) -> Shaped[Tensor, ...]:
         """The captured value of a site, e.g. `site("z", 5)` or `site("blocks.5.attn.hook_z")`."""
         name, named = parse_site(site, self.spec)
         where = named if layer is None else layer
@@ -54,13 +58,16 @@ class Trace:
             raise RequestError(f"{site!r} of layer {where} was not captured; this trace holds {held}.")
         return self.sites[name, where]
 
-    def mean(self, name: str, rows: Tensor | None = None) -> Float[Tensor, "prompt layer head"]:
+    def mean(self, name: str, rows: Tensor | None = None) -> Float[Tensor, "prompt layer head *column"]:
         """Mean over positions, padding left out; `rows` `[prompt, token]` narrows them further."""
         values = self[name]
+        if self.statistics[name].integer:
+            raise RequestError(f"{name!r} holds keys, which have no mean.")
         chosen = ~values.isnan()
         if rows is not None:
-            chosen = chosen & rows[:, None, None, :].to(torch.bool)
-        return torch.where(chosen, values, 0.0).sum(-1) / chosen.sum(-1)
+            narrowed = rows[:, None, None, :].to(torch.bool)
+            chosen = chosen & narrowed.reshape(*narrowed.shape, *[1] * (values.ndim - 4))
+        return torch.where(chosen, values, 0.0).sum(3) / chosen.sum(3)
 
     def dataset(self) -> xr.Dataset:
         """The statistics as labelled arrays, for saving and plotting."""
@@ -76,9 +83,7 @@ class Trace:
 class Collector:
     """Puts the pieces of a batch together: statistics into full arrays, sites into one tensor a layer."""
 
-    def __init__(
-        self, batch: Batch, spec: Spec, statistics: Sequence[Statistic], prediction: Prediction
-    ) -> None:
+    def __init__(self, batch: Batch, spec: Spec, statistics: Sequence[Statistic], prediction: Prediction) -> None:
         self.trace = Trace(batch, spec, prediction, {s.name: s for s in statistics})
         self.rows = slice(0, len(batch))
         self._heads = max(layer.heads for layer in spec.layers)
@@ -111,19 +116,16 @@ class Collector:
             self.trace.logits = own.new_empty(len(self.trace.batch), *own.shape[1:])
         self.trace.logits[self.rows] = own
 
-    def loss(self, logits: Tensor, ids: Tensor, rows_at_once: int = 512) -> None:
+    def loss(self, logits: Tensor, ids: Tensor) -> None:
         """Negative log-probability of each next token, in float32, a few rows at a time."""
-        if self.trace.loss is None:
-            self.trace.loss = torch.full(
-                (len(self.trace.batch), max(0, self.trace.batch.ids.shape[1] - 1)), float("nan")
-            )
-        rows, targets = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-        parts = [
-            torch.nn.functional.cross_entropy(r.float(), t, reduction="none")
-            for r, t in zip(rows.split(rows_at_once), targets.split(rows_at_once), strict=True)
-        ]
-        if parts:
-            self.trace.loss[self.rows, : ids.shape[1] - 1] = torch.cat(parts).reshape(len(ids), -1).cpu()
+        trace = self.trace
+        if trace.loss is None:
+            trace.loss = torch.full((len(trace.batch), trace.batch.ids.shape[1] - 1), float("nan"))
+        for row, scores, tokens in zip(trace.loss[self.rows], logits, ids, strict=True):
+            for first in range(0, len(tokens) - 1, LOSS_ROWS):
+                last = min(first + LOSS_ROWS, len(tokens) - 1)
+                chunk, targets = scores[first:last].float(), tokens[first + 1 : last + 1]
+                row[first:last] = torch.nn.functional.cross_entropy(chunk, targets, reduction="none")
 
     def finish(self) -> Trace:
         """Padding marked: NaN in statistics and losses, -1 in keys."""

@@ -70,6 +70,7 @@
 
   async function start() {
     await unpack();
+    document.documentElement.dataset.charts = window.Plotly ? "ready" : "none";
     if (!window.Plotly) return;
     for (const canvas of document.querySelectorAll(".canvas[data-figure]")) {
       waiting.add(canvas);
@@ -77,7 +78,6 @@
     }
     document.addEventListener("themechange", () => drawn.forEach(draw));
     window.addEventListener("beforeprint", () => [...waiting].forEach(draw));
-    document.documentElement.dataset.charts = "ready";
   }
   report.chartsReady = start();
 })();

@@ -37,5 +37,8 @@
   );
   document.querySelectorAll("main > section[id]").forEach((section) => watch.observe(section));
 
-  if (location.hash) report.chartsReady.then(go);
+  // after the browser's own jump to the fragment, which would take the focus away again
+  const settled = () => report.chartsReady.then(() => setTimeout(go));
+  if (location.hash && document.readyState === "complete") settled();
+  else if (location.hash) window.addEventListener("load", settled);
 })();

@@ -1,0 +1,323 @@
+"""The report in a real browser: deep links, sorting, filters, theme, token view, print.
+
+Needs Chromium (Debian: `apt-get install chromium`); without it the tests are skipped, except where CI is set.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from workbench.reports import write_report
+
+sync_api = pytest.importorskip("playwright.sync_api")
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+NASTY = "</script><img src=x onerror=window.hurt=1>"
+
+
+def chromium() -> str | None:
+    named = os.environ.get("WORKBENCH_CHROMIUM")
+    known = (named, "/usr/bin/chromium", shutil.which("chromium"), shutil.which("google-chrome"))
+    return next((path for path in known if path and Path(path).exists()), None)
+
+
+pytestmark = pytest.mark.skipif(
+    chromium() is None and not os.environ.get("CI"),
+    reason="no Chromium found; install it (apt-get install chromium) or name it in WORKBENCH_CHROMIUM",
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def address(demo: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_report(demo, tmp_path_factory.mktemp("report") / "report.html").as_uri()
+
+
+@contextmanager
+def watched(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
+    """Opens pages; at the end there must have been no error and no request but for the file."""
+    pages, troubles = [], []
+
+    def note_request(request: Any) -> None:
+        if not request.url.startswith(("file:", "data:", "blob:")):
+            troubles.append(request.url)
+
+    def opened(fragment: str = "", url: str = "", **settings: Any) -> Any:
+        page = browser.new_page(**({"viewport": {"width": 1280, "height": 900}} | settings))
+        page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("request", note_request)
+        page.goto((url or address) + fragment)
+        page.wait_for_selector("html[data-charts]", state="attached")
+        pages.append(page)
+        return page
+
+    yield opened
+    for page in pages:
+        page.close()
+    assert troubles == []
+
+
+@pytest.fixture
+def visit(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
+    with watched(browser, address) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def opened_once(browser: Any, address: str) -> Iterator[Any]:
+    with watched(browser, address) as opened:
+        yield opened()
+
+
+@pytest.fixture
+def table_page(opened_once: Any) -> Any:
+    """The report with its table as at first."""
+    opened_once.select_option("[name=size]", label="15")
+    opened_once.click("[name=reset]")
+    return opened_once
+
+
+def rows(page: Any) -> list[str]:
+    found = page.locator("#all-heads tbody th").all_text_contents()
+    assert isinstance(found, list)
+    return found
+
+
+def in_view(page: Any, selector: str) -> bool:
+    page.wait_for_timeout(900)
+    box = page.locator(selector).bounding_box()
+    return box is not None and -10 < box["y"] < page.viewport_size["height"]
+
+
+def test_deep_link_opens_and_marks_a_card(visit: Callable[..., Any]) -> None:
+    page = visit("#L18H6")
+    assert in_view(page, "#L18H6")
+    assert "target" in page.locator("#L18H6").get_attribute("class")
+    assert page.evaluate("document.activeElement.textContent") == "L18H6"
+
+
+def test_deep_link_to_a_head_without_a_card_marks_its_row(visit: Callable[..., Any]) -> None:
+    page = visit("#L7H3")
+    assert page.locator("[id=L7H3]").count() == 0
+    assert in_view(page, "#row-L7H3")
+    assert "marked" in page.locator("#row-L7H3").get_attribute("class")
+
+
+def test_deep_link_clears_a_filter_that_hides_the_head(visit: Callable[..., Any]) -> None:
+    page = visit()
+    page.fill("[name=text]", "L2")
+    page.evaluate("location.hash = '#L7H3'")
+    page.wait_for_selector("#row-L7H3.marked")
+    assert page.input_value("[name=text]") == ""
+
+
+def test_click_on_a_map_leads_to_the_head(visit: Callable[..., Any]) -> None:
+    page = visit()
+    page.locator("[data-figure=map-3]").scroll_into_view_if_needed()
+    plot = page.locator("[data-figure=map-3] .nsewdrag")
+    plot.wait_for()
+    box = plot.bounding_box()
+    # induction, layer 18 of 30, head 6 of 9
+    page.mouse.click(box["x"] + box["width"] * 6.5 / 9, box["y"] + box["height"] * 18.5 / 30)
+    page.wait_for_function("location.hash === '#L18H6'")
+
+
+def test_hover_on_a_map_shows_the_numbers(visit: Callable[..., Any]) -> None:
+    page = visit()
+    page.locator("[data-figure=map-3]").scroll_into_view_if_needed()
+    plot = page.locator("[data-figure=map-3] .nsewdrag")
+    plot.wait_for()
+    box = plot.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 6.4 / 9, box["y"] + box["height"] * 18.4 / 30)
+    page.mouse.move(box["x"] + box["width"] * 6.5 / 9, box["y"] + box["height"] * 18.5 / 30)
+    page.wait_for_selector("[data-figure=map-3] .hovertext")
+    said = page.locator("[data-figure=map-3] .hovertext").text_content()
+    for part in ("L18H6", "0.910", "95 % interval", "null 0.031", "q 0.0"):
+        assert part in said
+
+
+def test_columns_sort_both_ways(table_page: Any) -> None:
+    page = table_page
+    assert rows(page)[:2] == ["L0H0", "L0H1"]
+    header = page.locator("#all-heads thead th").nth(4)
+    header.locator("button").click()
+    assert rows(page)[:4] == ["L18H6", "L20H1", "L11H4", "L22H8"]
+    assert header.get_attribute("aria-sort") == "descending"
+    header.locator("button").click()
+    assert "L18H6" not in rows(page)
+    assert header.get_attribute("aria-sort") == "ascending"
+
+
+def test_text_filter_means_layers_and_heads(table_page: Any) -> None:
+    page = table_page
+    page.fill("[name=text]", "L1")
+    assert rows(page) == [f"L1H{head}" for head in range(9)]
+    page.fill("[name=text]", "l18h6, H2")
+    assert page.locator(".count").text_content() == "31 of 270 heads"
+    page.fill("[name=text]", "L99")
+    assert rows(page) == []
+    page.click("[name=reset]")
+    assert page.locator(".count").text_content() == "270 of 270 heads"
+
+
+def test_threshold_filter_starts_at_the_published_value(table_page: Any) -> None:
+    page = table_page
+    page.select_option("[name=detector]", label="Induction")
+    assert page.input_value("[name=least]") == "0.4"
+    assert rows(page) == ["L18H6", "L20H1", "L11H4", "L22H8"]
+    page.fill("[name=least]", "0.7")
+    assert rows(page) == ["L18H6", "L20H1"]
+    page.select_option("[name=detector]", label="Active-dormant contrast")
+    assert "L16H4" in rows(page)
+    assert page.locator(".bound").text_content() == "at least ±"
+    page.select_option("[name=detector]", label="Entropy")
+    assert page.input_value("[name=least]") == ""
+
+
+def test_pages_of_the_table(table_page: Any) -> None:
+    page = table_page
+    assert len(rows(page)) == 15
+    page.click("[name=next]")
+    assert rows(page)[0] == "L1H6"
+    page.select_option("[name=size]", label="all")
+    assert len(rows(page)) == 270
+
+
+def test_cells_have_value_interval_and_q(table_page: Any) -> None:
+    page = table_page
+    page.fill("[name=text]", "L18H6")
+    cell = page.locator("#row-L18H6 td").nth(3)
+    assert cell.locator(".value").text_content() == "0.91"
+    assert " to " in cell.locator(".span").text_content()
+    assert cell.locator(".q").text_content().startswith("q 0.0")
+    assert "passes" in cell.get_attribute("class")
+    assert page.locator("#row-L18H6 td").nth(5).text_content() == "–", "a score that could not be taken"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_theme_follows_the_system_and_the_button(visit: Callable[..., Any], scheme: str) -> None:
+    page = visit(color_scheme=scheme)
+    page_colour = "getComputedStyle(document.body).backgroundColor"
+    colours = {"light": "rgb(251, 251, 249)", "dark": "rgb(18, 22, 27)"}
+    assert page.evaluate(page_colour) == colours[scheme]
+    other = {"light": "dark", "dark": "light"}[scheme]
+    page.locator("[data-figure=map-0]").scroll_into_view_if_needed()
+    page.wait_for_selector("[data-figure=map-0] .hm")
+    ink = "getComputedStyle(document.querySelector('[data-figure=map-0] .xtick text')).fill"
+    before = page.evaluate(ink)
+    page.click("#theme")
+    assert page.evaluate(page_colour) == colours[other]
+    assert page.get_attribute("#theme", "aria-pressed") == str(other == "dark").lower()
+    assert page.evaluate(ink) != before, "charts follow"
+    page.reload()
+    assert page.evaluate(page_colour) == colours[other], "the choice is kept"
+
+
+def test_token_view_follows_pointer_click_and_keys(visit: Callable[..., Any]) -> None:
+    page = visit("#L18H6")
+    card = page.locator("#L18H6")
+    words, says = card.locator(".word"), card.locator(".says")
+    assert words.count() == 37
+    assert "“the” at position 9 attends to “code”" in says.text_content()
+    words.nth(6).hover()
+    assert "at position 6" in says.text_content()
+    assert "masked" in words.nth(7).get_attribute("class")
+    words.nth(6).click()
+    words.nth(9).hover()
+    assert "at position 6" in says.text_content(), "a click keeps the choice"
+    page.keyboard.press("ArrowRight")
+    assert "at position 7" in says.text_content()
+    page.keyboard.press("Enter")
+    assert words.nth(7).get_attribute("aria-pressed") == "true"
+
+
+def test_shading_is_the_attention_without_the_first_token(visit: Callable[..., Any]) -> None:
+    page = visit("#L14H2")
+    words = page.locator("#L14H2 .word")
+    assert words.nth(0).evaluate("word => word.style.background") == ""
+    assert float(words.nth(0).evaluate("word => word.style.getPropertyValue('--mass')")) > 0.5
+
+
+def test_head_selector_changes_words_and_map(visit: Callable[..., Any]) -> None:
+    page = visit("#patterns")
+    explorer = page.locator("#explorer")
+    explorer.locator("select").select_option(label="L3H5 · A code word, asked for later")
+    assert "attends to" in explorer.locator(".says").text_content()
+    assert "L3H5" in explorer.locator("figcaption").text_content()
+    assert explorer.locator(".canvas").get_attribute("data-figure").startswith("pattern-")
+    explorer.locator(".word").nth(5).hover()
+    assert explorer.locator(".arcs path").count() >= 1
+    explorer.locator("#incoming").check()
+    assert "is attended to by" in explorer.locator(".says").text_content()
+    explorer.locator("#arcs").uncheck()
+    assert explorer.locator(".arcs path").count() == 0
+
+
+def test_link_from_a_card_opens_the_large_view(visit: Callable[..., Any]) -> None:
+    page = visit("#L3H5")
+    page.locator("#L3H5 [data-open-pattern]").click()
+    assert page.locator("#explorer select option:checked").text_content().startswith("L3H5")
+
+
+def test_page_never_scrolls_sideways(visit: Callable[..., Any]) -> None:
+    page = visit()
+    for width in (400, 800, 1280, 1920):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_print_draws_all_figures_in_light_colours(visit: Callable[..., Any]) -> None:
+    page = visit(color_scheme="dark")
+    page.emulate_media(media="print", color_scheme="dark")
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    figures = page.locator(".canvas[data-figure]")
+    assert page.locator(".canvas .main-svg[viewBox]").count() >= figures.count()
+    assert page.locator(".canvas[aria-busy]").count() == 0
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert not page.locator("header.bar").is_visible()
+    page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate("document.documentElement.dataset.theme ?? ''") == ""
+
+
+def test_packed_file_draws_the_same(visit: Callable[..., Any], demo: Any, tmp_path: Path) -> None:
+    packed = write_report(demo, tmp_path / "packed.html", gallery=True)
+    page = visit(url=packed.as_uri())
+    page.locator("[data-figure=map-0]").scroll_into_view_if_needed()
+    page.wait_for_selector("[data-figure=map-0] .hm")
+
+
+def test_markup_in_tokens_stays_text(
+    visit: Callable[..., Any], run_with_tokens: Callable[..., Any], tmp_path: Path
+) -> None:
+    run = run_with_tokens([NASTY, "a", f" {NASTY}", "<a href='https://example.org'>x</a>"] * 3)
+    page = visit("#L18H6", url=write_report(run, tmp_path / "nasty.html").as_uri())
+    assert page.locator("#L18H6 .word").first.text_content() == NASTY
+    page.locator("#explorer .canvas").scroll_into_view_if_needed()
+    page.wait_for_selector("#explorer .hm")
+    assert page.evaluate("window.hurt") is None
+    assert page.locator("img").count() == 0
+    assert page.locator("#explorer a").count() == 0
+
+
+def test_run_without_scores_and_without_charts_opens(visit: Callable[..., Any], demo: Any, tmp_path: Path) -> None:
+    bare = demo.without(*demo.tables, *demo.arrays)
+    page = visit(url=write_report(bare, tmp_path / "bare.html").as_uri())
+    assert page.locator("#maps .missing").is_visible()
+    slim = write_report(demo, tmp_path / "slim.html", budget_bytes=150_000)
+    page = visit(url=slim.as_uri())
+    assert len(rows(page)) == 15
+    assert page.locator("#omitted").is_visible()

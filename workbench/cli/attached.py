@@ -1,0 +1,124 @@
+"""A model for a command: loaded under a display, certified, given back at the end."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from workbench.cli.progress import display
+from workbench.cli.session import Session, listening
+
+if TYPE_CHECKING:
+    from workbench.studies import SurveySettings
+    from workbench.tracing import Model
+
+_LOADING_LOGGER = "workbench.models"
+
+
+class Dtype(StrEnum):
+    """Types that weights can be held in."""
+
+    float32 = "float32"
+    float64 = "float64"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="smollm2-135m, a name on the hub (organisation/name), a local folder, or a GGUF file.",
+    ),
+]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Type of the weights. [default: float32, bfloat16 on CUDA]")]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Device of torch, e.g. cpu or cuda:1. [default: CUDA where there is one]"),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(metavar="RUN", help="Folder of the run. [default: runs/COMMAND-MODEL-DIGITS, by the arguments]"),
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a finished run, drop an interrupted one that differs.")
+]
+SeedOption = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of prompts, resampling and random controls.")]
+
+
+@contextmanager
+def attached(session: Session, name: str, dtype: Dtype | None, device: str | None) -> Iterator[Model]:
+    """Load and certify a model; what takes time says so."""
+    with display(session.err) as shown:
+        shown.step("loading", name, kept=False)
+        session.silence_transformers()
+        import torch
+
+        from workbench.tracing import load
+
+        began = time.monotonic()
+        with listening(_LOADING_LOGGER, shown.note):
+            wanted = None if dtype is None else getattr(torch, dtype.value)
+            model = load(name, dtype=wanted, device=device)
+    checks = model.certificate.checks
+    session.note(
+        f"{name}: {model.spec.n_layers} layers, {len(model.spec.heads())} heads, "
+        f"{len(checks)} checks of its certificate passed, {time.monotonic() - began:.1f} s"
+    )
+    try:
+        yield model
+    finally:
+        model.detach()
+
+
+def default_run(command: str, model: str, *arguments: object) -> Path:
+    """Where a command writes its run by default: one folder for each set of arguments, so that repeating the
+    command finds what an interruption left."""
+    slug = re.sub(r"[^a-z0-9.]+", "-", Path(model).name.lower()).strip("-.") or "model"
+    digits = sha256(repr((model, *arguments)).encode()).hexdigest()[:6]
+    return Path("runs") / f"{command}-{slug}-{digits}"
+
+
+def names(text: str | None) -> tuple[str, ...] | None:
+    """`a,b` as a tuple; None stays."""
+    if text is None:
+        return None
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def count_steps(settings: SurveySettings) -> int:
+    """Steps that a survey will tell its reporter of."""
+    from workbench.heads.detection import choose
+
+    kinds = {detector.kind for detector in choose(settings.detectors)}
+    return len(kinds) + len(settings.verify) + 1
+
+
+def predicted_peak(model: Model, settings: SurveySettings) -> str:
+    """The prediction for the largest pass of a survey, as a sentence."""
+    from workbench.heads import build_probe
+    from workbench.heads.detection import KINDS, build_tasks, choose
+    from workbench.heads.probes import PROBE_OF
+
+    found = []
+    for kind in KINDS:
+        detectors = [d for d in choose(settings.detectors) if d.kind == kind]
+        if not detectors or kind == "needle_greedy":
+            continue
+        for task in build_tasks(model, kind, settings.detection):
+            wanted = {s.name: s for detector in detectors for s in detector.statistics(task)}
+            found.append(model.predict_memory(task.batch, statistics=list(wanted.values())))
+    if any((settings.probe or PROBE_OF[name]) == "held_out" for name in settings.verify):
+        tasks = build_probe("held_out", model, settings.probes).tasks
+        found += [model.predict_memory(task.batch, loss=True) for task in tasks]
+    if not found:
+        return "Memory is not predicted for decoding alone."
+    return f"Memory: {max(found, key=lambda prediction: prediction.peak)} (the largest pass)."

@@ -1,0 +1,106 @@
+"""`workbench heads`: scores of every head, with intervals and nulls."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from workbench.cli.attached import (
+    DeviceOption,
+    DtypeOption,
+    ModelArgument,
+    OutOption,
+    OverwriteOption,
+    SeedOption,
+    attached,
+    count_steps,
+    default_run,
+    names,
+    predicted_peak,
+)
+from workbench.cli.progress import display
+from workbench.cli.session import Command, Session, session_of
+from workbench.cli.tables import show_findings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from workbench.runs import Run
+    from workbench.studies import SurveySettings
+    from workbench.tracing import Model
+
+# Stated here as well, so that `--help` need not import them; a test compares.
+DETECTOR_NAMES = (
+    *("sink", "first_token", "entropy", "active_dormant", "previous_token", "duplicate_token", "induction"),
+    *("echo", "retrieval", "copy_mass", "retrieval_greedy"),
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(name="heads", cls=Command)(heads)
+
+
+def heads(
+    ctx: typer.Context,
+    model: ModelArgument,
+    detectors: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help=f"Detectors: {', '.join(DETECTOR_NAMES)}. [default: all]"),
+    ] = None,
+    prompts: Annotated[
+        int | None,
+        typer.Option(min=2, help="Texts of each domain, and repeated sequences. [default: 50 texts, 10 sequences]"),
+    ] = None,
+    seed: SeedOption = 0,
+    out: OutOption = None,
+    overwrite: OverwriteOption = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Score every head of a model by detectors, without ablation."""
+    session = session_of(ctx)
+    chosen = names(detectors)
+    path = out or default_run("heads", model, chosen, prompts, seed, dtype, device)
+    session.writes(path, overwrite=overwrite)
+    with session.err.status("importing"):
+        from dataclasses import replace
+
+        from workbench.heads import Settings
+        from workbench.heads.detection import choose
+        from workbench.studies import SurveySettings
+    choose(chosen)
+    detection = Settings(seed=seed)
+    if prompts is not None:
+        detection = replace(detection, text_prompts=prompts, repeat_prompts=prompts)
+    settings = SurveySettings(detectors=chosen, verify=(), detection=detection)
+    with attached(session, model, dtype, device) as loaded:
+        run = surveyed(session, loaded, path, settings, "heads", overwrite)
+    show_findings(session, run)
+    tell_run(session, path)
+
+
+def surveyed(session: Session, model: Model, path: Path, settings: SurveySettings, kind: str, overwrite: bool) -> Run:
+    """Run a survey under a display, the predicted memory first."""
+    from workbench.studies import survey
+
+    session.say(predicted_peak(model, settings))
+    with display(session.err, count_steps(settings)) as shown:
+        return survey(
+            model,
+            path,
+            settings=settings,
+            kind=kind,
+            overwrite=overwrite,
+            reporter=shown,
+            command=session.command,
+        )
+
+
+def tell_run(session: Session, path: Path) -> None:
+    """Where the run is, and what to do with it."""
+    session.say()
+    session.say(f"Run:    {path}")
+    session.say(f"Report: {shlex.join(['workbench', 'report', str(path)])}")

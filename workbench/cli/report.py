@@ -1,0 +1,37 @@
+"""`workbench report`: a run as one HTML file."""
+
+from __future__ import annotations
+
+import webbrowser
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from workbench.cli.demo import report_path, write
+from workbench.cli.session import Command, session_of
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(name="report", cls=Command)(report)
+
+
+def report(
+    ctx: typer.Context,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The HTML file to write. [default: RUN.html]")
+    ] = None,
+    open_report: Annotated[bool, typer.Option("--open/--no-open", help="Show the report in the browser.")] = False,
+) -> None:
+    """Write a run as one HTML file that needs no network."""
+    session = session_of(ctx)
+    from workbench.runs import Run
+
+    found = Run.open(run)
+    target = report_path(Path(run)) if out is None else out
+    write(session, found, target)
+    session.say(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
+    if open_report:
+        webbrowser.open(target.resolve().as_uri())

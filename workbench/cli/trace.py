@@ -1,0 +1,242 @@
+"""`workbench trace`: statistics of every head over one text, streamed, written as a run."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from workbench.cli.attached import (
+    DeviceOption,
+    DtypeOption,
+    ModelArgument,
+    OutOption,
+    OverwriteOption,
+    attached,
+    default_run,
+)
+from workbench.cli.heads import tell_run
+from workbench.cli.progress import display
+from workbench.cli.session import Command, Session, session_of
+from workbench.cli.tables import plain, show_table, table
+from workbench.errors import RequestError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from workbench.models import Batch
+    from workbench.runs import Run
+    from workbench.tracing import Model, Statistic, Trace
+
+PLAIN_STATISTICS = (
+    *("entropy", "lse", "max_prob", "argmax", "distance", "sink_mass", "output_norm", "result_norm"),
+    *("value_norm", "column_sum", "column_mean", "column_max"),
+)
+# With a number behind the name; offsets are counted backwards.
+SIZED_STATISTICS = ("first", "recent", "offset", "column_last", "top_k")
+DEFAULT_STATISTICS = "entropy,max_prob,first_1,offset_-1,distance,column_mean"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(name="trace", cls=Command)(trace)
+
+
+def trace(
+    ctx: typer.Context,
+    model: ModelArgument,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The text.")] = None,
+    file: Annotated[str | None, typer.Option(metavar="F", help="A file of UTF-8 text; - for standard input.")] = None,
+    statistics: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B",
+            help=f"Statistics: {', '.join(PLAIN_STATISTICS)}, first_N, recent_N, offset_-N, column_last_N, top_k_N.",
+        ),
+    ] = DEFAULT_STATISTICS,
+    top: Annotated[int, typer.Option(metavar="N", min=0, help="How many heads to name.")] = 5,
+    by: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The statistic that ranks them. [default: the first]")
+    ] = None,
+    out: OutOption = None,
+    overwrite: OverwriteOption = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Measure statistics of every head on one text, in one forward pass."""
+    session = session_of(ctx)
+    if (prompt is None) == (file is None):
+        raise RequestError("Say what to read: either --prompt 'some text' or --file notes.txt.")
+    text = prompt if prompt is not None else _read(file or "")
+    path = out or default_run("trace", model, text, statistics, dtype, device)
+    session.writes(path, overwrite=overwrite)
+    with session.err.status("importing"):
+        wanted = parse_statistics(statistics)
+    ranked = [statistic.name for statistic in wanted if not statistic.integer]
+    if by is not None and by not in ranked:
+        raise RequestError(f"--by {by} is not among the statistics asked for: {', '.join(ranked) or 'none'}.")
+    with attached(session, model, dtype, device) as loaded:
+        batch = loaded.batch(text)
+        _tell_prediction(session, loaded, batch, wanted)
+        run = _trace(session, loaded, batch, wanted, path, overwrite)
+    means = run.table("statistic_means")
+    if len(means):
+        _show_layers(session, means)
+        _show_top(session, means, by or ranked[0], top)
+    tell_run(session, path)
+
+
+def parse_statistics(text: str) -> list[Statistic]:
+    """Statistics by name, as in `entropy,first_4,offset_-1`."""
+    from workbench.tracing import statistics as library
+
+    found: list[Statistic] = []
+    for name in (part.strip() for part in text.split(",")):
+        kind, _, number = name.rpartition("_")
+        if name in PLAIN_STATISTICS:
+            made = getattr(library, name)()
+        elif kind in SIZED_STATISTICS and number.removeprefix("-").isdigit():
+            made = _sized(library, name, kind, int(number))
+        else:
+            every = [*PLAIN_STATISTICS, *(f"{kind}_1" for kind in SIZED_STATISTICS)]
+            near = get_close_matches(name, every, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise RequestError(
+                f"No statistic {name!r}.{hint} There are {', '.join(PLAIN_STATISTICS)}, and with a number "
+                f"{', '.join(SIZED_STATISTICS)} (first_4, offset_-1)."
+            )
+        found += made if isinstance(made, tuple) else [made]
+    return found
+
+
+def _sized(library: Any, name: str, kind: str, size: int) -> Any:
+    if (size > 0) if kind == "offset" else (size < 1):
+        raise RequestError(
+            f"Statistic {name!r}: offsets go backwards, as in offset_-1 (0 is the token itself)."
+            if kind == "offset"
+            else f"Statistic {name!r}: the number must be 1 or more."
+        )
+    return getattr(library, kind)(size)
+
+
+def _read(file: str) -> str:
+    try:
+        return sys.stdin.read() if file == "-" else Path(file).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"--file {file}: byte {error.start} is not UTF-8; convert the file to UTF-8 first."
+        ) from error
+    except OSError as error:
+        raise RequestError(f"--file {file}: {error.strerror}; give a readable text file.") from error
+
+
+def _tell_prediction(session: Session, model: Model, batch: Batch, wanted: list[Statistic]) -> None:
+    tokens = int(batch.lengths.sum())
+    session.say(f"Tokens: {tokens}")
+    most = model.spec.max_positions
+    if model.spec.rotary and most is not None and tokens > most:
+        session.say(f"The text is longer than the {most} positions that the model was made for.")
+    session.say(f"Memory: {model.predict_memory(batch, statistics=wanted)}")
+
+
+def _trace(session: Session, model: Model, batch: Batch, wanted: list[Statistic], path: Path, overwrite: bool) -> Run:
+    from workbench.runs import RunWriter, environment
+    from workbench.studies.survey import model_facts
+
+    known = model_facts(model)
+    settings = {"statistics": [statistic.name for statistic in wanted]}
+    policy = "tokenizer default"
+    prompt = {
+        "name": "text", "n": len(batch), "tokens": int(batch.mask.sum()), "sha256": batch.hash, "specials": policy,
+        "caption": "One text, given on the command line.",
+    }  # fmt: skip
+    with RunWriter.open(
+        path,
+        kind="trace",
+        title=f"Attention of {model.source.name} over {prompt['tokens']} tokens",
+        fingerprint={"model": known, "settings": settings, "prompts": [prompt["sha256"]], "kind": "trace"},
+        overwrite=overwrite,
+        command=session.command,
+    ) as writer:
+        writer.manifest |= {
+            "model": known | {"special_tokens": policy},
+            "certificate": model.certificate.as_dict(),
+            "environment": environment(),
+            "settings": settings,
+            "prompts": [prompt],
+        }
+        began = time.monotonic()
+        with display(session.err) as shown:
+            shown.step("trace", f"{len(wanted)} statistics of {len(model.spec.heads())} heads", kept=False)
+            with _by_layer(model, shown.advance):
+                found = model.trace(batch, statistics=wanted)
+        writer.array("statistics", found.dataset())
+        writer.table("tokens", _tokens(model, batch))
+        writer.table("statistic_means", _means(found))
+        writer.done("trace", seconds=time.monotonic() - began)
+        return writer.finish()
+
+
+@contextmanager
+def _by_layer(model: Model, advance: Callable[[int, int], None]) -> Iterator[None]:
+    """Count layers as they finish: one long text is one forward pass, which reports nothing itself."""
+    from workbench.models.architectures import locate
+
+    layers = locate(model.attachment.hf_model)
+    hooks = [
+        layer.block.register_forward_hook(lambda module, args, output, done=layer.index + 1: advance(done, len(layers)))
+        for layer in layers
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _tokens(model: Model, batch: Batch) -> pd.DataFrame:
+    import pandas as pd
+
+    ids = batch.ids[0].tolist()
+    assert model.tokenizer is not None
+    texts = [model.tokenizer.decode([token]) for token in ids]
+    return pd.DataFrame({"position": range(len(ids)), "token_id": ids, "text": texts})
+
+
+def _means(found: Trace) -> pd.DataFrame:
+    """The mean over positions of every statistic that is a number for each position and head."""
+    import pandas as pd
+
+    frames = []
+    for name, values in found.values.items():
+        if found.statistics[name].integer or values.ndim != 4:
+            continue
+        mean = found.mean(name)[0]
+        rows = [(name, head.layer, head.head, float(mean[head.layer, head.head])) for head in found.spec.heads()]
+        frames.append(pd.DataFrame(rows, columns=["statistic", "layer", "head", "mean"]))
+    columns = ["statistic", "layer", "head", "mean"]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+
+
+def _show_layers(session: Session, means: pd.DataFrame) -> None:
+    wide = means.pivot_table(index="layer", columns="statistic", values="mean", sort=False)
+    made = table(">layer", *(f">{name}" for name in wide.columns))
+    for layer, row in wide.iterrows():
+        made.add_row(str(layer), *(plain(value) for value in row))
+    show_table(session, "Mean over positions and heads", made)
+
+
+def _show_top(session: Session, means: pd.DataFrame, by: str, top: int) -> None:
+    rows = means[means["statistic"] == by].sort_values("mean", ascending=False, kind="stable").head(top)
+    if rows.empty:
+        return
+    made = table("head", f">{by}")
+    for row in rows.to_dict("records"):
+        made.add_row(f"L{row['layer']}H{row['head']}", plain(row["mean"]))
+    show_table(session, f"Highest {by}, mean over positions", made)

@@ -1,0 +1,176 @@
+"""`workbench verify`: ablate heads and compare with matched random heads."""
+
+from __future__ import annotations
+
+import time
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from workbench.cli.attached import (
+    DeviceOption,
+    DtypeOption,
+    ModelArgument,
+    OutOption,
+    OverwriteOption,
+    SeedOption,
+    attached,
+    default_run,
+    names,
+)
+from workbench.cli.heads import DETECTOR_NAMES, surveyed, tell_run
+from workbench.cli.progress import display
+from workbench.cli.session import Command, Session, session_of
+from workbench.cli.tables import show_findings
+from workbench.errors import RequestError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from workbench.heads import Probe
+    from workbench.runs import Run
+    from workbench.tracing import Model
+
+# Prompts of probes are never those that found the heads.
+PROBE_SEED = 1000
+
+
+class ProbeName(StrEnum):
+    """What is measured before and after."""
+
+    induction = "induction"
+    needle = "needle"
+    answer = "answer"
+    held_out = "held_out"
+
+
+class HowName(StrEnum):
+    """What takes the place of a head's output."""
+
+    mean = "mean"
+    zero = "zero"
+    resample = "resample"
+    uniform = "uniform"
+    to_sink = "to_sink"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(name="verify", cls=Command)(verify)
+
+
+def verify(
+    ctx: typer.Context,
+    model: ModelArgument,
+    heads: Annotated[str | None, typer.Option(metavar="L18H6,L17H3", help="The heads to ablate together.")] = None,
+    detector: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"Ablate the top heads of a detector: {', '.join(DETECTOR_NAMES)}."),
+    ] = None,
+    k: Annotated[int, typer.Option(metavar="N", min=1, help="How many heads, with --detector.")] = 8,
+    probe: Annotated[
+        ProbeName | None,
+        typer.Option(help="What to measure. [default: what the detector's claim is about, or induction]"),
+    ] = None,
+    how: Annotated[HowName, typer.Option(help="What takes the place of a head's output.")] = HowName.mean,
+    draws: Annotated[int, typer.Option(metavar="N", min=10, help="Random sets of heads to compare with.")] = 10,
+    seed: SeedOption = 0,
+    out: OutOption = None,
+    overwrite: OverwriteOption = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Ablate heads and measure a task, against matched random heads."""
+    session = session_of(ctx)
+    if (heads is None) == (detector is None):
+        raise RequestError("Say what to ablate: either --heads L18H6,L17H3 or --detector induction.")
+    path = out or default_run("verify", model, heads, detector, k, probe, how.value, draws, seed, dtype, device)
+    session.writes(path, overwrite=overwrite)
+    if detector is not None:
+        settings = _settings(detector, k, probe, how, draws, seed)
+        with attached(session, model, dtype, device) as loaded:
+            run = surveyed(session, loaded, path, settings, "verify", overwrite)
+    else:
+        asked = {
+            "heads": list(names(heads) or ()), "probe": (probe or ProbeName.induction).value, "how": how.value,
+            "draws": draws, "seed": seed,
+        }  # fmt: skip
+        with attached(session, model, dtype, device) as loaded:
+            run = _verify_heads(session, loaded, path, asked, overwrite)
+    show_findings(session, run)
+    tell_run(session, path)
+
+
+def _settings(detector: str, k: int, probe: ProbeName | None, how: HowName, draws: int, seed: int) -> Any:
+    """A survey of one detector and the test of its claim."""
+    from workbench.heads import ProbeSettings, Settings
+    from workbench.heads.detection import choose
+    from workbench.studies import SurveySettings
+
+    choose([detector])
+    return SurveySettings(
+        detectors=(detector,),
+        verify=(detector,),
+        k=k,
+        how=how.value,
+        draws=draws,
+        detection=Settings(seed=seed),
+        probes=ProbeSettings(seed=PROBE_SEED + seed),
+        probe=None if probe is None else probe.value,
+    )
+
+
+def _verify_heads(session: Session, model: Model, path: Path, asked: dict[str, Any], overwrite: bool) -> Run:
+    """Test a given set of heads; the run holds the table and the random draws."""
+    from workbench.heads import ProbeSettings, build_probe
+    from workbench.heads import verify as verify_heads
+    from workbench.models import Head
+    from workbench.runs import RunWriter, environment
+    from workbench.studies.survey import model_facts
+
+    chosen = [model.spec.check(Head.parse(text)) for text in asked["heads"]]
+    settings = asked | {"heads": [str(head) for head in chosen]}
+    with display(session.err, 2) as shown:
+        shown.step("prompts", f"of the probe {asked['probe']}", kept=False)
+        probe = build_probe(asked["probe"], model, ProbeSettings(seed=PROBE_SEED + asked["seed"]))
+        facts = model_facts(model)
+        with RunWriter.open(
+            path,
+            kind="verify",
+            title=f"Ablation of {', '.join(settings['heads'])} in {model.source.name}",
+            fingerprint={"model": facts, "settings": settings, "kind": "verify"},
+            overwrite=overwrite,
+            command=session.command,
+        ) as writer:
+            writer.manifest |= {
+                "model": facts | {"special_tokens": probe.tasks[0].specials},
+                "certificate": model.certificate.as_dict(),
+                "environment": environment(),
+                "settings": settings,
+                "prompts": _prompts(probe),
+            }
+            shown.step("verify", f"{len(chosen)} heads against {asked['draws']} matched random sets", kept=False)
+            began = time.monotonic()
+            found = verify_heads(
+                model, chosen, probe=probe, how=asked["how"], draws=asked["draws"], seed=asked["seed"],
+                progress=shown.advance,
+            )  # fmt: skip
+            writer.table("verification", found.table)
+            writer.table("verification_draws", found.draws)
+            writer.done("verify", seconds=time.monotonic() - began)
+            return writer.finish()
+
+
+def _prompts(probe: Probe) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": task.name,
+            "n": len(task),
+            "tokens": int(task.batch.mask.sum()),
+            "sha256": task.hash,
+            "caption": task.caption,
+            "specials": task.specials,
+        }
+        for task in probe.tasks
+    ]

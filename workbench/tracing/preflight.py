@@ -1,0 +1,272 @@
+"""The predicted peak of a trace: the model's own layers, attention, and what is stored, in the order of the pass.
+
+Each place of the pass holds what the model has alive there (`BodyCost`, measured), what has been stored until
+then, and what our own code takes at that place, which follows from shapes as listed in the functions below.
+Results are kept in the computer's memory: on another device they do not count towards its peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from workbench.kernels import Geometry, StatisticsRequest
+from workbench.kernels.blocks import GROUP, plan_tiles
+from workbench.kernels.identities import identities_reach
+from workbench.models import Attachment, Batch, LayerSpec
+from workbench.models.memory import BodyCost, Mark, Prediction
+from workbench.tracing.plan import Plan
+from workbench.tracing.sites import Site, site_shape
+from workbench.tracing.trace import LOSS_ROWS
+
+FLOAT = 4
+
+
+@dataclass
+class Forecast:
+    """What is stored so far, and the most that was ever held."""
+
+    on_device: bool
+    peak: int = 0
+    place: str = "nowhere"
+    stored: int = 0
+    _kept: set[object] = field(default_factory=set)
+
+    def reach(self, held: float, place: str) -> None:
+        """`held` bytes besides what is stored."""
+        total = int(held) + (self.stored if self.on_device else 0)
+        if total > self.peak:
+            self.peak, self.place = total, place
+
+    def keep(self, what: object, size: int) -> None:
+        """Store an array from here on; each is made whole when its first piece comes in."""
+        if what not in self._kept:
+            self._kept.add(what)
+            self.stored += size
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Prompts that run together, and the columns of them whose logits are computed."""
+
+    batch: Batch
+    kept: int
+
+    @property
+    def prompts(self) -> int:
+        return len(self.batch)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.batch.ids.shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int, bool]:
+        return self.prompts, self.tokens, self.batch.padded
+
+
+@dataclass
+class Preflight:
+    """One trace: the model, the plan, and the whole batch that results are stored for."""
+
+    attachment: Attachment
+    cost: BodyCost
+    plan: Plan
+    batch: Batch
+    wanted: Int[Tensor, "prompt kept"] | None
+    loss: bool
+
+    def __post_init__(self) -> None:
+        self.spec = self.attachment.spec
+        self.element = torch.finfo(self.attachment.dtype).bits // 8
+        self.device = self.attachment.device.type
+        self.forecast = Forecast(self.device == "cpu")
+
+    def predict(self, pieces: Sequence[Piece]) -> Prediction:
+        """The first piece, before which nothing is stored, and the largest after it."""
+        later = pieces[1:]
+        largest = [max(later, key=lambda piece: piece.batch.ids.numel())] if later else []
+        for piece in [*pieces[:1], *largest]:
+            for mark in self.cost.marks:
+                self._pass(mark, piece)
+        return Prediction(self.forecast.peak, self.forecast.stored, self.forecast.place)
+
+    def _pass(self, mark: Mark, piece: Piece) -> None:
+        alive, where = mark.alive(*piece.shape), f"{mark.place} of layer {mark.layer}"
+        if mark.place == "end":
+            self._logits(piece)
+            return
+        self.forecast.reach(mark.peak(*piece.shape), where)
+        if mark.place == "logits":
+            rows = piece.prompts * piece.kept
+            # The rows that are kept are copied out of the residual stream.
+            hidden = rows * self.spec.d_model * self.element
+            self.forecast.reach(alive + hidden + rows * self.cost.logit_row, "the logits")
+        elif mark.place == "attention":
+            self._attention(mark.layer, alive, piece)
+        else:
+            self._residual(mark, alive, piece)
+
+    def _residual(self, mark: Mark, alive: int, piece: Piece) -> None:
+        layer, one = mark.layer, piece.prompts * piece.tokens * self.spec.d_model * self.element
+        for site in self.plan.captured(layer):
+            if site == mark.place:
+                self._store(site, layer)
+            elif site == "resid_mid" and mark.place == "attn_out":
+                # A sum of its own: the model adds in place, or later.
+                self._store(site, layer)
+                self.forecast.reach(alive + one, f"resid_mid of layer {layer}")
+        if mark.place == "attn_out" and self.plan.patches_at(layer, "result"):
+            # As it was, as it is patched, and their difference.
+            result = prod(site_shape("result", self.spec, layer, piece.prompts, piece.tokens)) * self.element
+            self.forecast.reach(alive + 3 * result, f"the patched result of layer {layer}")
+
+    def _store(self, site: Site, layer: int) -> None:
+        shape = site_shape(site, self.spec, layer, *self.batch.ids.shape)
+        # Patterns are float32 in any model.
+        self.forecast.keep((site, layer), prod(shape) * (FLOAT if site == "pattern" else self.element))
+
+    def _attention(self, layer: int, alive: int, piece: Piece) -> None:
+        plan, shape, reach = self.plan, self.spec.layers[layer], self.forecast.reach
+        where = f"attention of layer {layer}"
+        captured = plan.captured(layer)
+        for site in ("q", "k", "v"):
+            if site in captured:
+                self._store(site, layer)
+        rows = piece.prompts * shape.heads * piece.tokens
+        pattern = rows * piece.tokens * FLOAT
+        if "pattern" in captured or plan.patches_at(layer, "pattern"):
+            # Three while it is made: logits, their exponential, and that with its masked part set to zero.
+            keys = 2 * rows * shape.head_dim * FLOAT
+            reach(alive + 3 * pattern + keys, f"the pattern of layer {layer}")
+        if "pattern" in captured:
+            self._store("pattern", layer)
+            reach(alive + pattern, f"the pattern of layer {layer}")
+        if plan.patches_at(layer, "pattern"):
+            alive += pattern
+        z = rows * shape.head_dim * self.element
+        if plan.statistics:
+            reach(alive + self._statistics(piece, layer), where)
+            self._store_statistics()
+            reach(alive + self._readings(piece, layer), where)
+        else:
+            reach(alive + self._plain(piece, shape), where)
+        if "z" in captured:
+            self._store("z", layer)
+        if "result" in captured and not plan.patches_at(layer, "result"):
+            result = prod(site_shape("result", self.spec, layer, piece.prompts, piece.tokens)) * self.element
+            self._store("result", layer)
+            reach(alive + z + result, f"the result of layer {layer}")
+
+    def _store_statistics(self) -> None:
+        heads = max(layer.heads for layer in self.spec.layers)
+        for statistic in self.plan.statistics:
+            entries = len(self.batch) * self.spec.n_layers * heads * self.batch.ids.shape[1]
+            size = entries * (statistic.columns or 1) * (8 if statistic.integer else FLOAT)
+            self.forecast.keep(statistic.name, size)
+
+    def _columns(self) -> tuple[int, int]:
+        """How many functions of the key, and keys per query, all statistics together ask for."""
+        features = [s.key_features.shape[-1] for s in self.plan.statistics if s.key_features is not None]
+        slots = [s.query_keys.shape[-1] for s in self.plan.statistics if s.query_keys is not None]
+        return sum(features), sum(slots)
+
+    def _results(self, piece: Piece, shape: LayerSpec) -> int:
+        """The kernel's results of one layer, z among them, in float32."""
+        request, (features, slots) = self.plan.request, self._columns()
+        per_row = (
+            sum([request.lse, request.max_prob, request.entropy, request.distance, request.sink_mass])
+            + 2 * request.argmax + 3 * request.top_k + len(request.first) + len(request.recent)
+            + len(request.offsets) + features + slots
+            + request.column_sum + request.column_max + len(request.column_last)
+        )  # fmt: skip
+        return piece.prompts * shape.heads * piece.tokens * (per_row + shape.head_dim) * FLOAT
+
+    def _statistics(self, piece: Piece, layer: int) -> int:
+        """While the kernel runs: what it is given, its results, and its own work."""
+        shape, (features, slots) = self.spec.layers[layer], self._columns()
+        given = piece.prompts * piece.tokens * (features * FLOAT + slots * 8)
+        window = _window(shape, piece)
+        geometry = Geometry(piece.prompts, piece.tokens, piece.tokens, True, window)
+        plain = shape.softcap is None and not shape.sinks
+        if self.device == "cuda" and plain and identities_reach(self.plan.request, geometry, None, None):
+            work = self._identities(piece, shape)
+        else:
+            work = _blocks(piece, shape, self.plan.request, features, self.element, self.device)
+        return given + self._results(piece, shape) + work
+
+    def _identities(self, piece: Piece, shape: LayerSpec) -> int:
+        """Keys and values repeated for all heads, an output, and three float32 products for the entropy."""
+        output = piece.prompts * shape.heads * piece.tokens * shape.head_dim
+        return output * (3 * self.element + 4 * FLOAT)
+
+    def _readings(self, piece: Piece, layer: int) -> int:
+        """While statistics are read off the results: some make arrays of z's size, or factor W_O."""
+        shape, extra = self.spec.layers[layer], 0
+        if any(statistic.needs_result_factor for statistic in self.plan.statistics):
+            rows = piece.prompts * shape.heads * piece.tokens
+            weight = shape.heads * shape.head_dim * self.spec.d_model
+            # z in another order, and its product; before that the weight, and two copies to factor it.
+            extra = max(2 * rows * shape.head_dim, 3 * weight) * FLOAT
+        return self._results(piece, shape) + extra
+
+    def _plain(self, piece: Piece, shape: LayerSpec) -> int:
+        """Attention without statistics: z, and the part that is being computed."""
+        rows = piece.prompts * shape.heads * piece.tokens
+        if shape.softcap is None and not shape.sinks and _window(shape, piece) is None:
+            parts = 2 if piece.batch.padded else 1
+            return rows * (parts * shape.head_dim * self.element + FLOAT)
+        work = _blocks(piece, shape, StatisticsRequest(output=True), 0, self.element, self.device)
+        return rows * shape.head_dim * FLOAT + work
+
+    def _logits(self, piece: Piece) -> None:
+        """After the pass: the rows that it computed, those that are kept, and the loss a few rows at a time."""
+        vocabulary = self.spec.vocab_size
+        logits = piece.prompts * piece.kept * vocabulary * self.element
+        if self.wanted is not None:
+            each = self.wanted.shape[1] * vocabulary
+            converted = 0 if self.element == FLOAT else FLOAT
+            self.forecast.keep("logits", len(self.batch) * each * FLOAT)
+            self.forecast.reach(logits + piece.prompts * each * (self.element + converted), "the logits")
+        if self.loss:
+            # In float32, and their log-probabilities.
+            copies = FLOAT if self.element == FLOAT else 2 * FLOAT
+            chunk = min(piece.tokens, LOSS_ROWS) * vocabulary * copies
+            self.forecast.reach(logits + chunk, "the loss")
+
+
+def _window(shape: LayerSpec, piece: Piece) -> int | None:
+    return shape.window if shape.window is not None and shape.window < piece.tokens else None
+
+
+def _blocks(
+    piece: Piece, shape: LayerSpec, request: StatisticsRequest, features: int, element: int, device: str
+) -> int:
+    """The work of `kernels.blocks`, for the largest group of prompts of one length.
+
+    Keys are copied to whole groups of 64, values and features side by side; then two block buffers, and
+    besides them, of one tile at a time, its scaled queries (twice), its product with the values, or the
+    groups of keys that maxima are searched in.
+    """
+    batch, tokens, most = piece.batch, piece.tokens, 0
+    start, end = (batch.starts, batch.starts + batch.lengths) if batch.padded else (None, None)
+    for prompts, rows, _ in Geometry(len(batch), tokens, tokens, True, None, start, end).slices():
+        count, keys = prompts.stop - prompts.start, rows.stop - rows.start
+        window = shape.window if shape.window is not None and shape.window < keys else None
+        q_shape = torch.Size([count, shape.heads, keys, shape.head_dim])
+        k_shape = torch.Size([count, shape.kv_heads, keys, shape.head_dim])
+        tiles = plan_tiles(q_shape, k_shape, window, device)
+        padded, lanes = -(-keys // GROUP) * GROUP, count * shape.kv_heads
+        width = shape.head_dim + features
+        copies = lanes * padded * (shape.head_dim + width) * FLOAT
+        # While values and features are put side by side, and in half precision made float32.
+        joining = lanes * keys * (width + (shape.head_dim if element < FLOAT else 0)) * FLOAT
+        searched = GROUP * min(max(request.top_k, int(request.argmax)), tiles.width // GROUP)
+        tile = tiles.elements // tiles.width * max(2 * shape.head_dim, width, searched) * FLOAT
+        most = max(most, copies + max(joining, 2 * tiles.elements * FLOAT + tile))
+    return most
