@@ -47,7 +47,15 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def trained():
-    """The induction toy, trained once a session."""
+    """The induction toy, trained once a session: a seed where one previous-token head does the work alone."""
+    import torch
+
     from workbench.dynamics import train_induction
 
-    return train_induction(seed=0)
+    # One thread: rounding, and with it the toy, then does not depend on the machine's cores.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return train_induction(seed=23)
+    finally:
+        torch.set_num_threads(threads)

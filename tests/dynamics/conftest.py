@@ -12,21 +12,8 @@ from torch import Tensor
 from workbench.dynamics import (
     RepeatedSegments,
     ToyModel,
-    TrainedInduction,
     repeated_segments,
-    train_induction,
 )
-
-
-@pytest.fixture(scope="session")
-def trained() -> TrainedInduction:
-    """A seed in which one layer-0 head carries the work; see the module's docstring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return train_induction(seed=23)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

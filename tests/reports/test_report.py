@@ -134,7 +134,7 @@ def test_summary_is_computed_from_the_tables(demo: Any, page: Page) -> None:
         "Previous token is strongest in L3H5 (0.94; 2 of 270 heads reach 0.40)",
         "Retrieval (copy-paste) is strongest in L18H6 (0.63;",
         "ablating its top heads does no more than ablating random ones",
-        "Of 6 ablations in all, 3 went beyond matched random heads and 3 did not.",
+        "Of 6 ablations, 3 had an effect beyond matched random heads and 3 stayed within the range of random heads.",
     ):
         assert said in page.text
     scores = demo.table("head_scores")

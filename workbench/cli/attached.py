@@ -58,7 +58,7 @@ SeedOption = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of promp
 def attached(session: Session, name: str, dtype: Dtype | None, device: str | None) -> Iterator[Model]:
     """Load and certify a model; what takes time says so."""
     with display(session.err) as shown:
-        shown.step("loading", name, kept=False)
+        shown.step("model", name, kept=False)
         session.silence_transformers()
         import torch
 

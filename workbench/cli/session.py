@@ -25,7 +25,7 @@ from typer.core import TyperCommand
 
 from workbench.errors import RunError, WorkbenchError
 
-_LOG_WIDTH = 120
+_LOG_WIDTH = 140
 
 
 class Session:

@@ -82,7 +82,7 @@ def show_findings(session: Session, run: Run, detectors: Sequence[str] | None = 
 
 
 def _show_heads(session: Session, scores: pd.DataFrame, about: pd.DataFrame) -> None:
-    made = table("detector", "head", "score [95 % interval]", ">null", ">q", "heads that reach the bar", "unit")
+    made = table("detector", "head", "score [95 % interval]", ">null", ">q", "reach the bar", "unit")
     for detector in about.to_dict("records"):
         rows = scores[scores["detector"] == detector["detector"]]
         known = rows[rows["value"].notna()].sort_values("rank")
@@ -126,7 +126,7 @@ def show_verification(session: Session, rows: pd.DataFrame) -> None:
     from workbench.figures import verdict
 
     made = table(
-        *("detector", ">k", "how", "metric", "intact -> ablated", "effect [95 % interval]"),
+        *("detector", ">k", "metric", "intact -> ablated", "effect [95 % interval]"),
         *("random heads, mean [range]", ">p", ">q", "outcome"),
     )
     sentences = []
@@ -136,8 +136,7 @@ def show_verification(session: Session, rows: pd.DataFrame) -> None:
         made.add_row(
             printable(str(row["detector"])),
             str(row["k"]),
-            str(row["how"]),
-            f"{metric} ({row['unit']}, {row['better']} is better)",
+            printable(metric),
             f"{plain(row['baseline'])} -> {plain(row['ablated'])}",
             estimate(row["effect"], row["low"], row["high"], sign=True),
             estimate(row["control_effect"], row["control_low"], row["control_high"], sign=True),
@@ -145,8 +144,12 @@ def show_verification(session: Session, rows: pd.DataFrame) -> None:
             _probability(row["q"]),
             found.label,
         )
-        sentences.append(f"{row['detector']}, {metric}: {_ascii(found.sentence)}")
-    show_table(session, "Ablation, against matched random heads", made)
+        sentences.append(
+            f"{row['detector']}, {metric} ({row['unit']}, {row['better']} is better; {row['n']} prompts): "
+            f"{_ascii(found.sentence)}"
+        )
+    forms = ", ".join(dict.fromkeys(map(str, rows["how"])))
+    show_table(session, f"Ablation ({forms}) of the k heads together, against matched random heads", made)
     for sentence in sentences:
         session.say(sentence)
 

@@ -111,9 +111,7 @@ def _axis_title(row: pd.Series) -> str:
     return f"{arrow}   {text}" if arrow.startswith("←") else f"{text}   {arrow}"
 
 
-def _draws_of(
-    rows: pd.DataFrame, draws: pd.DataFrame | None, heights: NDArray[np.int64]
-) -> pd.DataFrame | None:
+def _draws_of(rows: pd.DataFrame, draws: pd.DataFrame | None, heights: NDArray[np.int64]) -> pd.DataFrame | None:
     if draws is None:
         return None
     places = rows[_KEYS].assign(height=heights)
@@ -129,9 +127,7 @@ def _draws(points: pd.DataFrame, colours: Palette, legend: bool) -> go.Scatter:
         y=points["height"].to_numpy(),
         mode="markers",
         marker={"size": 5, "color": colours.control, "opacity": 0.75},
-        customdata=[
-            [safe(heads), signed(e, 3)] for heads, e in zip(points["heads"], points["effect"], strict=True)
-        ],
+        customdata=[[safe(heads), signed(e, 3)] for heads, e in zip(points["heads"], points["effect"], strict=True)],
         hovertemplate="matched random heads<br>%{customdata[0]}<br>effect %{customdata[1]}<extra></extra>",
         name="one random draw",
         legendgroup="draws",
@@ -158,9 +154,7 @@ def _range(rows: pd.DataFrame, heights: NDArray[np.int64], colours: Palette, leg
     )
 
 
-def _effects(
-    rows: pd.DataFrame, heights: NDArray[np.int64], shown: bool, colours: Palette, legend: bool
-) -> go.Scatter:
+def _effects(rows: pd.DataFrame, heights: NDArray[np.int64], shown: bool, colours: Palette, legend: bool) -> go.Scatter:
     hover = [
         [safe(r["heads"]), signed(r["effect"], 3), interval(r["low"], r["high"], 3), verdict(r).label]
         for r in rows.to_dict("records")

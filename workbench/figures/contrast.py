@@ -16,6 +16,9 @@ from workbench.errors import RequestError
 from workbench.figures.text import interval, number, safe, with_caption
 from workbench.figures.theme import palette, template
 
+# centre and half size
+Box = tuple[float, float, float, float]
+
 
 def domain_scatter(
     contrast: pd.DataFrame,
@@ -43,8 +46,8 @@ def domain_scatter(
             showlegend=False,
         )
     )
-    figure.add_trace(_points(rest, domains, "other heads", colours.control, None))
-    figure.add_trace(_points(far, domains, "farthest from the diagonal", colours.effect, _sides(far)))
+    figure.add_trace(_points(rest, domains, "other heads", colours.control))
+    figure.add_trace(_points(far, domains, "farthest from the diagonal", colours.effect, reach[1]))
     figure.update_layout(
         height=440,
         margin={"l": 60, "r": 16, "t": 34, "b": 52},
@@ -84,21 +87,19 @@ def _wide(contrast: pd.DataFrame, domains: tuple[str, str]) -> pd.DataFrame:
 
 
 def _points(
-    rows: pd.DataFrame, domains: tuple[str, str], name: str, colour: str, sides: list[str] | None
+    rows: pd.DataFrame, domains: tuple[str, str], name: str, colour: str, reach: float | None = None
 ) -> go.Scatter:
-    marked = sides is not None
+    marked = reach is not None
     hover = [
         [row["name"]]
-        + [
-            f"{number(row[s], 3)} ({interval(row[f'{s}_low'], row[f'{s}_high'], 3) or 'no interval'})"
-            for s in "xy"
-        ]
+        + [f"{number(row[s], 3)} ({interval(row[f'{s}_low'], row[f'{s}_high'], 3) or 'no interval'})" for s in "xy"]
         for row in rows.to_dict("records")
     ]
     bars: dict[str, Any] = {}
-    if marked:
+    if reach is not None:
+        texts, sides = _sides(rows, reach)
         bars = {f"error_{s}": _bars(rows, s, colour) for s in "xy"}
-        bars |= {"text": rows["name"], "textposition": sides, "textfont": {"size": 11}}
+        bars |= {"text": texts, "textposition": sides, "textfont": {"size": 11}}
     return go.Scatter(
         x=rows["x"].to_numpy(),
         y=rows["y"].to_numpy(),
@@ -126,6 +127,40 @@ def _bars(rows: pd.DataFrame, side: str, colour: str) -> dict[str, Any]:
     }
 
 
-def _sides(rows: pd.DataFrame) -> list[str]:
-    """Labels away from the diagonal: above it to the upper left, below it to the lower right."""
-    return ["top left" if gap > 0 else "bottom right" for gap in rows["gap"]]
+def _sides(rows: pd.DataFrame, reach: float) -> tuple[list[str], list[str]]:
+    """Texts and places of the labels: away from the diagonal where there is room, else on another side.
+
+    A label that would lie on another one everywhere is left out; the hover still names its head.
+    """
+    taken = [(x / reach, y / reach, 0.01, 0.01) for x, y in zip(rows["x"], rows["y"], strict=True)]
+    texts, sides = [], []
+    for row in rows.to_dict("records"):
+        order = sorted(_PLACES, key=lambda side: _PLACES[side][0] * np.sign(row["gap"]))
+        found = None
+        for side in order:
+            across, up = _PLACES[side]
+            box = (row["x"] / reach + 0.055 * across, row["y"] / reach + 0.035 * up, 0.045, 0.018)
+            if not any(_overlap(box, other) for other in taken):
+                found = side
+                taken.append(box)
+                break
+        texts.append(row["name"] if found else "")
+        sides.append(found or "top center")
+    return texts, sides
+
+
+# label places as (across, up), in widths and heights of a label
+_PLACES = {
+    "top left": (-1, 1),
+    "middle left": (-1.15, 0),
+    "bottom left": (-1, -1),
+    "top center": (0, 1.2),
+    "bottom center": (0, -1.2),
+    "top right": (1, 1),
+    "middle right": (1.15, 0),
+    "bottom right": (1, -1),
+}
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return abs(one[0] - other[0]) < one[2] + other[2] and abs(one[1] - other[1]) < one[3] + other[3]

@@ -7,6 +7,7 @@ so that the first query stays on it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,16 +59,19 @@ def position_curves(
             col=1,
         )
     for index, names in enumerate(panels):
-        text = "share of attention" if index == 0 and fractions else safe(readable(names[0]))
+        stem = names[0].partition(", ")[0]
+        text = "share of attention" if index == 0 and fractions else safe(readable(stem))
         figure.update_yaxes(title={"text": text}, rangemode="tozero", nticks=5, row=index + 1, col=1)
+    # two names a line in a narrow place
+    legend = 12 + 20 * math.ceil(len(figure.data) / 2)
     word = "query position (counted from 1)" if logarithmic else "query position"
     figure.update_xaxes(title={"text": word}, row=len(panels), col=1)
     if logarithmic:
         figure.update_xaxes(type="log", dtick=1, minor={"showgrid": False})
     figure.update_layout(
         template=template(dark),
-        height=_PANEL_PIXELS * len(panels) + 70,
-        margin={"l": 52, "r": 12, "t": 34, "b": 44},
+        height=_PANEL_PIXELS * len(panels) + 52 + legend,
+        margin={"l": 52, "r": 12, "t": legend, "b": 44},
         hovermode="x unified",
         showlegend=True,
     )
@@ -89,14 +93,15 @@ def _chosen(curves: pd.DataFrame, heads: Sequence[tuple[int, int]] | None) -> pd
 def _panels(rows: pd.DataFrame) -> tuple[list[list[str]], bool]:
     """Statistics, panel by panel: all fractions first, then each other one alone; are there fractions?"""
     shares: list[str] = []
-    alone: list[list[str]] = []
+    alone: dict[str, list[str]] = {}
     for name, part in rows.groupby("statistic", sort=False):
         named_otherwise = any(word in str(name) for word in _NO_SHARES)
         if not named_otherwise and part["value"].min() >= -1e-6 and part["value"].max() <= 1 + 1e-3:
             shares.append(str(name))
         else:
-            alone.append([str(name)])
-    return ([shares] if shares else []) + alone, bool(shares)
+            # `entropy, prose` and `entropy, code` belong together
+            alone.setdefault(str(name).partition(", ")[0], []).append(str(name))
+    return ([shares] if shares else []) + list(alone.values()), bool(shares)
 
 
 def _name(rows: pd.DataFrame, key: tuple[Any, ...], labels: dict[str, str]) -> str:

@@ -117,15 +117,11 @@ def _rows_of(scores: pd.DataFrame, detector: str) -> pd.DataFrame:
     rows = scores[scores["detector"] == detector] if "detector" in scores else scores
     if rows.empty:
         present = sorted(map(str, scores["detector"].unique())) if "detector" in scores else []
-        raise RequestError(
-            f"No scores of detector {detector!r}; the table has {', '.join(present) or 'none'}."
-        )
+        raise RequestError(f"No scores of detector {detector!r}; the table has {', '.join(present) or 'none'}.")
     return rows
 
 
-def _catalogue(
-    scores: pd.DataFrame, detectors: pd.DataFrame | Sequence[str] | None
-) -> dict[str, dict[str, Any]]:
+def _catalogue(scores: pd.DataFrame, detectors: pd.DataFrame | Sequence[str] | None) -> dict[str, dict[str, Any]]:
     present = list(dict.fromkeys(scores["detector"]))
     if isinstance(detectors, pd.DataFrame):
         rows = {str(row["detector"]): dict(row) for row in detectors.to_dict("records")}
@@ -177,9 +173,7 @@ def _add_map(
     place = {} if cell is None else {"row": cell[0], "col": cell[1]}
     gap = 1 if max(values.shape) <= 48 else 0
     figure.add_trace(
-        go.Heatmap(
-            z=values, customdata=hover, hovertemplate=_HOVER, coloraxis=axis, xgap=gap, ygap=gap, name="heads"
-        ),
+        go.Heatmap(z=values, customdata=hover, hovertemplate=_HOVER, coloraxis=axis, xgap=gap, ygap=gap, name="heads"),
         **place,
     )
     if np.isfinite(values).any():

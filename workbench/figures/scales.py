@@ -76,9 +76,7 @@ def round_ticks(low: float, high: float) -> list[float]:
     power = 10.0 ** math.floor(math.log10(step))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= step * (1 - 1e-9))
     inside = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    kept = [
-        float(np.round(t, 12)) for t in inside if min(high - t, t - low if low < 0 else t + step) > 0.4 * step
-    ]
+    kept = [float(np.round(t, 12)) for t in inside if min(high - t, t - low if low < 0 else t + step) > 0.4 * step]
     return [low, *kept, high] if low < 0 else [*kept, high]
 
 

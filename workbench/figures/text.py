@@ -98,6 +98,8 @@ _PLAIN = {
     "duplicate_key": "earlier copy",
     "echo_keys": "earlier copies",
     "answer_log_prob": "answer log-probability",
+    "answer_log_probability": "answer log-probability",
+    "held_out_loss": "held-out loss",
 }
 
 

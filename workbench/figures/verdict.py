@@ -39,9 +39,7 @@ def verdict(row: Mapping[str, Any]) -> Verdict:
         drawn = f"{int(float(draws))} draws of matched random heads"
     span = f"the range of {drawn} ({interval(*control, 3)})"
     if control[0] <= effect <= control[1]:
-        return Verdict(
-            "inside", "inside control range", f"Inside {span}: nothing particular to these heads is shown."
-        )
+        return Verdict("inside", "inside control range", f"Inside {span}: nothing particular to these heads is shown.")
     worse = effect < 0 if row.get("better") == "higher" else effect > 0
     if not worse:
         return Verdict("reverse", "got better", f"Outside {span}, but the metric got better, not worse.")
@@ -49,9 +47,7 @@ def verdict(row: Mapping[str, Any]) -> Verdict:
     if low <= 0 <= high:
         return Verdict("unsure", "not settled", f"Outside {span}, but the effect's own interval covers zero.")
     if q >= SIGNIFICANT:
-        return Verdict(
-            "unsure", "not settled", f"Outside {span}, but q = {probability(q)} does not settle it."
-        )
+        return Verdict("unsure", "not settled", f"Outside {span}, but q = {probability(q)} does not settle it.")
     return Verdict("shown", "effect shown", f"Outside {span}: the metric depends on these heads.")
 
 

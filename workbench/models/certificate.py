@@ -1,18 +1,20 @@
 """Proof, on attach, that our view of a model is the model.
 
-Each check has a measured error and a tolerance; one failure refuses the model. Errors of logits and outputs
-are the largest absolute difference divided by the largest absolute value, so they read the same for all
-models.
+Each check has a measured error and a tolerance; one failure refuses the model. Errors of logits and outputs are the
+largest absolute difference divided by the largest absolute value, so they read the same for all models. In half
+precision the error of logits is that of the median position: rounding then flips the routing of single tokens in
+mixtures of experts, in our run as between any two backends.
 
-1. logits: the model under our attention function, statistics computed on the way, against the untouched one.
-2. output: attention rebuilt in float64 from the captured q, k, v, against the untouched module's own output.
+1. logits: the model under our attention function, statistics computed on the way, against the untouched model.
+2. output: attention rebuilt in float64 from the captured q, k, v, against the untouched module's own output. Each
+   layer goes on with the untouched output, so that rounding does not add up.
 3. rows: each row of the pattern sums to one, or to one minus the mass of the learned sink.
 4. causal: later tokens change nothing at earlier positions.
 5. padding, left and right: padding changes nothing for real tokens.
 6. edit: zeroing a layer's z changes the logits (and putting back its own z does not).
 
-The probe is two prompts of random tokens; the second repeats its first half, which gives induction something
-to attend to.
+The probe is two prompts of random tokens; the second repeats its first half, which gives induction something to
+attend to.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from workbench.errors import CertificateFailed
@@ -31,7 +34,8 @@ from workbench.models.attach import Attachment, AttentionCall
 from workbench.models.batch import Batch
 
 PROBE_TOKENS = 48
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Statistics, and z with them, are float32 also in a float64 model.
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,13 @@ def _error(found: Tensor, truth: Tensor) -> float:
     return float((found - truth).abs().max() / truth.abs().max().clamp(min=1e-30))
 
 
+def _logit_error(found: Float[Tensor, "*place vocab"], truth: Float[Tensor, "*place vocab"]) -> float:
+    """Relative error at the worst position; in half precision, at the median one."""
+    error = (found - truth).abs().amax(-1) / truth.abs().max().clamp(min=1e-30)
+    half = truth.dtype in (torch.bfloat16, torch.float16)
+    return float(error.float().median() if half else error.max())
+
+
 def _worst(errors: Iterable[float]) -> float:
     """The largest; NaN if one is, which Python's own `max` may pass over."""
     return float(torch.tensor(list(errors), dtype=torch.float64).max())
@@ -134,10 +145,11 @@ def _worst(errors: Iterable[float]) -> float:
 def _checks(attachment: Attachment, untouched: _Untouched) -> list[Check]:
     tolerance = TOLERANCE.get(attachment.dtype, 5e-2)
     with torch.no_grad():
-        calls, logits = _captured(attachment, untouched.batch)
-        checks = [_close("logits", _error(logits, untouched.logits), tolerance, "against the untouched model")]
+        calls = _captured(attachment, untouched)
+        logits = _with_statistics(attachment, untouched.batch)
+        checks = [_close("logits", _logit_error(logits, untouched.logits), tolerance, "against the untouched model")]
         checks.append(_close("output", *_rebuilt(calls, untouched, tolerance)))
-        checks.append(_close("rows", _rows(calls), 2e-5, "each row sums to one, less the mass of a learned sink"))
+        checks.append(_close("rows", *_rows(calls), "each row sums to one, less the mass of a learned sink"))
         checks.append(_close("causal", *_causal(attachment, untouched, tolerance)))
         for side in ("left", "right"):
             error = _padding(attachment, untouched, side)
@@ -150,19 +162,31 @@ def _close(name: str, measured: float, tolerance: float, detail: str) -> Check:
     return Check(name, measured, tolerance, measured <= tolerance, detail)
 
 
-def _captured(attachment: Attachment, batch: Batch) -> tuple[list[AttentionCall], Tensor]:
+def _captured(attachment: Attachment, untouched: _Untouched) -> list[AttentionCall]:
+    """Every attention call of the model on its own course: each is answered with the untouched z."""
     calls: list[AttentionCall] = []
-    request = StatisticsRequest(output=True, lse=True, max_prob=True, column_sum=True)
 
     def watch(call: AttentionCall) -> Tensor:
         calls.append(call)
+        prompts, heads, tokens, _ = call.q.shape
+        return untouched.z[call.layer].reshape(prompts, tokens, heads, -1).transpose(1, 2)
+
+    with attachment.observe(watch):
+        forward(attachment.hf_model, untouched.batch)
+    return calls
+
+
+def _with_statistics(attachment: Attachment, batch: Batch) -> Tensor:
+    """Logits of the model under z as it comes out of the statistics kernel."""
+    request = StatisticsRequest(output=True, lse=True, max_prob=True, column_sum=True)
+
+    def watch(call: AttentionCall) -> Tensor:
         output = call.statistics(request).output
         assert output is not None
         return output.to(call.q.dtype)
 
     with attachment.observe(watch):
-        logits = forward(attachment.hf_model, batch)
-    return calls, logits
+        return forward(attachment.hf_model, batch)
 
 
 def _rebuilt(calls: list[AttentionCall], untouched: _Untouched, tolerance: float) -> tuple[float, float, str]:
@@ -179,9 +203,12 @@ def _rebuilt(calls: list[AttentionCall], untouched: _Untouched, tolerance: float
     return _worst(errors), tolerance, f"z rebuilt in float64 from q, k, v of {len(calls)} layers{note}"
 
 
-def _rows(calls: list[AttentionCall]) -> float:
-    """Row sums under the streaming log-sum-exp: an error in it, or a key too many or too few, shows here."""
-    errors = []
+def _rows(calls: list[AttentionCall]) -> tuple[float, float]:
+    """Row sums under the streaming log-sum-exp: an error in it, or a key too many or too few, shows here.
+
+    The tolerance allows for the rounding of the largest float32 logit; some models have logits in the hundreds.
+    """
+    errors, largest = [], 1.0
     for call in calls:
         options = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks}
         pattern, lse = attention_pattern(call.q, call.k, call.geometry, **options)  # type: ignore[arg-type]
@@ -191,7 +218,9 @@ def _rows(calls: list[AttentionCall]) -> float:
         if call.sinks is not None:
             total = total + torch.exp(call.sinks.double()[None, :, None] - streamed)
         errors.append(float((total - 1).abs().max()))
-    return _worst(errors)
+        norms = [float(torch.linalg.vector_norm(x.float(), dim=-1).max()) for x in (call.q, call.k)]
+        largest = max(largest, call.scale * norms[0] * norms[1])
+    return _worst(errors), max(2e-5, 4 * torch.finfo(torch.float32).eps * largest)
 
 
 def _causal(attachment: Attachment, untouched: _Untouched, tolerance: float) -> tuple[float, float, str]:
@@ -200,7 +229,7 @@ def _causal(attachment: Attachment, untouched: _Untouched, tolerance: float) -> 
     changed[:, cut:] = (changed[:, cut:] + 1) % attachment.spec.vocab_size
     logits = forward(attachment.hf_model, Batch(changed, batch.mask))
     detail = f"logits before position {cut} with all later tokens changed"
-    return _error(logits[:, :cut], untouched.logits[:, :cut]), tolerance, detail
+    return _logit_error(logits[:, :cut], untouched.logits[:, :cut]), tolerance, detail
 
 
 def _padding(attachment: Attachment, untouched: _Untouched, side: str) -> float:
@@ -212,8 +241,8 @@ def _padding(attachment: Attachment, untouched: _Untouched, side: str) -> float:
     rows[1], mask[1] = 0, False
     rows[1, place], mask[1, place] = ids[1, :kept], True
     logits = forward(attachment.hf_model, Batch(rows, mask))
-    whole = _error(logits[0], untouched.logits[0])
-    return _worst([whole, _error(logits[1, place], untouched.logits[1, :kept])])
+    whole = _logit_error(logits[0], untouched.logits[0])
+    return _worst([whole, _logit_error(logits[1, place], untouched.logits[1, :kept])])
 
 
 def _edits(attachment: Attachment, untouched: _Untouched, tolerance: float) -> list[Check]:
@@ -234,7 +263,7 @@ def _edits(attachment: Attachment, untouched: _Untouched, tolerance: float) -> l
     detail = f"least change of the logits when a layer's z is zeroed; must exceed {least:.1g}"
     return [
         Check("edit", moved, least, moved > least, detail),
-        _close("no edit", _error(same, untouched.logits), tolerance, "logits with z replaced by itself"),
+        _close("no edit", _logit_error(same, untouched.logits), tolerance, "logits with z replaced by itself"),
     ]
 
 

@@ -21,7 +21,10 @@ _EXTREME = {"higher": "highest", "lower": "lowest", "either": "largest"}
 
 @dataclass(frozen=True)
 class Bar:
-    """One score of a head: texts, and places on the track in percent of the range over all heads."""
+    """One score of a head: texts, and places on the track in percent of the range over all heads.
+
+    `rank` to `last` are the places that it shares with heads of the same score.
+    """
 
     detector: DetectorInfo
     value: str
@@ -29,6 +32,7 @@ class Bar:
     null: str
     q: str
     rank: int
+    last: int
     heads: int
     passes: bool
     at: float | None
@@ -65,7 +69,8 @@ def cards(run: RunLike, known: Catalogue, found: list[Pattern]) -> list[Card]:
     for layer, head in _chosen(ranked, known, found, curved):
         rows = ranked[(ranked["layer"] == layer) & (ranked["head"] == head)].set_index("detector")
         bars = tuple(_bar(rows.loc[d.name].to_dict(), d, *ranges[d.name]) for d in known if d.name in rows.index)
-        named = sorted((bar for bar in bars if bar.passes or bar.rank == 1), key=lambda bar: bar.rank)
+        # among equals nobody leads: a score that half of all heads share says little
+        named = sorted((bar for bar in bars if bar.passes or bar.last == 1), key=lambda bar: bar.last)
         name = head_name(layer, head)
         result.append(
             Card(
@@ -91,8 +96,9 @@ def _ranked(scores: pd.DataFrame, known: Catalogue) -> pd.DataFrame:
         for name, part in rows.groupby("detector")
     ]
     joined = pd.concat(parts) if parts else rows.assign(strength=0.0)
-    ranks = joined.groupby("detector")["strength"].rank(ascending=False, method="min")
-    return joined.assign(rank=ranks.astype(int))
+    groups = joined.groupby("detector")["strength"]
+    first, last = (groups.rank(ascending=False, method=method).astype(int) for method in ("min", "max"))
+    return joined.assign(rank=first, last=last)
 
 
 def _chosen(
@@ -136,6 +142,7 @@ def _bar(row: dict[str, Any], detector: DetectorInfo, low: float, high: float, h
         null=number(row["null"], places=places),
         q=probability(row["q"]),
         rank=int(row["rank"]),
+        last=int(row["last"]),
         heads=heads,
         passes=detector.has_threshold and bool(detector.passes(float(row["value"]))),
         at=place(row["value"]),

@@ -100,8 +100,8 @@ def telling_query(values: NDArray[np.float32], tokens: Sequence[str]) -> int:
 
 
 def reach(values: NDArray[np.float32]) -> float:
-    """How much there is to see: mean attention farther back than the previous key, the first left out."""
-    return float(np.tril(values, k=-2)[:, 1:].sum(axis=1).mean())
+    """How much there is to see: mean of the largest attention beyond the previous key, the first left out."""
+    return float(np.tril(values, k=-2)[:, 1:].max(axis=1, initial=0.0).mean())
 
 
 def _described(info: pd.DataFrame | None, example: str) -> tuple[str, str]:

@@ -75,6 +75,7 @@ def model_facts(run: RunLike) -> list[tuple[str, str, bool]]:
         ("Architecture", model.get("architecture"), True),
         ("Revision", model.get("revision"), True),
         ("Weights, SHA-256", model.get("weights_sha256"), True),
+        ("Licence", model.get("license"), False),
         ("Shape", shape, False),
         ("Parameters", _count(model.get("parameters")), False),
         ("Precision and device", _joined(model.get("dtype"), model.get("device")), False),
@@ -92,7 +93,7 @@ def run_facts(run: RunLike) -> list[tuple[str, str, bool]]:
         ("Command", manifest.get("command"), True),
         ("Started", moment(manifest.get("created")), False),
         ("Finished", moment(manifest.get("finished")), False),
-        ("Settings", _pairs(settings), True),
+        *_settings(settings),
         ("Versions and machine", _pairs(environment), True),
     ]
     return [(label, _shown(value), mono) for label, value, mono in rows]
@@ -127,8 +128,23 @@ def _count(value: object) -> str | None:
     return f"{float(value):,.0f}" if isinstance(value, Real) else None
 
 
+def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
+    """One row for the plain settings, one more for each group of them."""
+    groups = {key: value for key, value in settings.items() if isinstance(value, Mapping)}
+    plain = {key: value for key, value in settings.items() if key not in groups}
+    rows = [("Settings", _pairs(plain), True)]
+    return rows + [(f"Settings, {name}", _pairs(group), True) for name, group in groups.items()]
+
+
 def _pairs(mapping: Mapping[str, Any]) -> str:
-    return " · ".join(f"{key} {value}" for key, value in mapping.items())
+    told = {key: _listed(value) for key, value in mapping.items()}
+    return " · ".join(f"{key} {value}" for key, value in told.items() if value)
+
+
+def _listed(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)
 
 
 def _joined(*values: object) -> str:

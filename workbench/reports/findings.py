@@ -150,6 +150,8 @@ def _leading(finding: Finding) -> Markup:
     tested = finding.causal
     if tested is not None and tested.verdict.kind == "shown":
         text += Markup("; {}").format(tested.brief)
+    elif tested is not None and tested.verdict.kind == "unsure":
+        text += Markup("; {}, which is not settled").format(tested.brief)
     elif tested is not None:
         text += Markup("; {}").format(_NOT_SHOWN[tested.verdict.kind])
     return text + Markup(".")
@@ -157,7 +159,6 @@ def _leading(finding: Finding) -> Markup:
 
 _NOT_SHOWN = {
     "inside": "ablating its top heads does no more than ablating random ones",
-    "unsure": "what ablating its top heads does is not settled",
     "reverse": "ablating its top heads makes the metric better, not worse",
     "uncontrolled": "its ablation had no control",
 }
@@ -167,11 +168,19 @@ def _balance(verification: pd.DataFrame | None) -> list[Markup]:
     if verification is None:
         return [Markup("No ablation has been run, so these scores say what heads attend to, not what they do.")]
     kinds = [verdict(row).kind for row in verification.to_dict("records")]
-    shown, inside = kinds.count("shown"), kinds.count("inside")
-    text = f"Of {len(kinds)} ablations in all, {shown} went beyond matched random heads"
-    if inside:
-        text += f" and {inside} did not"
-    return [Markup("{}.").format(text)]
+    told = [f"{kinds.count(kind)} {words}" for kind, words in _OUTCOMES.items() if kind in kinds]
+    listed = " and ".join([", ".join(told[:-1]), told[-1]] if len(told) > 1 else told)
+    count = "the one ablation" if len(kinds) == 1 else f"{len(kinds)} ablations"
+    return [Markup("Of {}, {}.").format(count, listed)]
+
+
+_OUTCOMES = {
+    "shown": "had an effect beyond matched random heads",
+    "inside": "stayed within the range of random heads",
+    "unsure": "went beyond random heads but are not settled (interval or q)",
+    "reverse": "made the metric better",
+    "uncontrolled": "had no control",
+}
 
 
 def verification_rows(run: RunLike, known: Catalogue) -> list[dict[str, Any]]:

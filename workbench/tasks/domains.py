@@ -110,8 +110,9 @@ def _windows(
 ) -> list[tuple[str, Encoded]]:
     """Passages of ``wanted`` tokens, spread over the documents; none overlaps another."""
     documents = DOMAINS[domain]()
-    order = np.random.default_rng(seed).permutation(len(documents))
-    passages = [_passages(tokenizer, documents[at], wanted) for at in order]
+    rng = np.random.default_rng(seed)
+    order, starts = rng.permutation(len(documents)), rng.random(len(documents))
+    passages = [_passages(tokenizer, documents[at], wanted, starts[at]) for at in order]
     found: list[tuple[str, Encoded]] = []
     while passages:
         left = []
@@ -130,18 +131,22 @@ def _windows(
     )
 
 
-def _passages(tokenizer: PreTrainedTokenizerBase, load: Loader, wanted: int) -> Iterator[tuple[str, Encoded]]:
-    """Passages that begin with a piece of the document, in order."""
+def _passages(
+    tokenizer: PreTrainedTokenizerBase, load: Loader, wanted: int, start: float
+) -> Iterator[tuple[str, Encoded]]:
+    """Passages that begin with a piece of the document: from a share of it to its end, then those before."""
     document = load()
-    first = 0
-    while first < len(document.pieces):
-        text = document.joint.join(document.pieces[first:])[: wanted * _CHARACTERS_A_TOKEN]
-        window = encode(tokenizer, text)
-        if len(window.ids) < wanted:
-            return
-        end = window.offsets[wanted - 1][1]
-        yield document.name, Encoded(text[:end], window.ids[:wanted], window.offsets[:wanted])
-        used = 0
-        while used < end and first < len(document.pieces):
-            used += len(document.pieces[first]) + len(document.joint)
-            first += 1
+    turn = int(start * len(document.pieces))
+    for pieces in (document.pieces[turn:], document.pieces[:turn]):
+        first = 0
+        while first < len(pieces):
+            text = document.joint.join(pieces[first:])[: wanted * _CHARACTERS_A_TOKEN]
+            window = encode(tokenizer, text)
+            if len(window.ids) < wanted:
+                break
+            end = window.offsets[wanted - 1][1]
+            yield document.name, Encoded(text[:end], window.ids[:wanted], window.offsets[:wanted])
+            used = 0
+            while used < end and first < len(pieces):
+                used += len(pieces[first]) + len(document.joint)
+                first += 1

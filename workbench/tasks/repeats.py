@@ -4,8 +4,8 @@
 
 * duplicate (echo) keys: the same token in the earlier copies, at distances p, 2p, ...
 * induction keys: the tokens *after* those, at distances p - 1, 2p - 1, ...
-* null keys: one for each duplicate key, displaced at random by at most a quarter of the period, and neither a
-  duplicate nor an induction key: what a head scores that only likes the distance.
+* null keys: one for each duplicate key, displaced at random by at most a quarter of the period (or two
+  places), and neither a duplicate nor an induction key: what a head scores that only likes the distance.
 
 With one fixed period a head can look right by attending at a fixed distance; `periods` draws one for each
 prompt. Settings in use: 50 tokens twice (TransformerLens demos), 25 tokens four times (Olsson et al. 2022,
@@ -24,7 +24,7 @@ from workbench.models import Batch
 from workbench.tasks.encoding import Prefix, special_ids, start_token
 from workbench.tasks.task import NONE, Task
 
-SHORTEST_PERIOD = 8
+SHORTEST_PERIOD = 4
 
 
 def repeated_tokens(
@@ -47,20 +47,10 @@ def repeated_tokens(
     low, high = periods or (length, length)
     _check(prompts, length, copies, low, high)
     prefix, allowed = _vocabulary(tokenizer, bos, bos_id)
-    if len(allowed) < high:
-        raise RequestError(
-            f"{high} distinct tokens were asked for, and the vocabulary has {len(allowed)} ordinary ones; "
-            "ask for a shorter segment."
-        )
     generator = torch.Generator().manual_seed(seed)
-    total = length * copies
     period = torch.randint(low, high + 1, (prompts,), generator=generator)
-    rows = []
-    for p in period.tolist():
-        segment = allowed[torch.randperm(len(allowed), generator=generator)[:p]]
-        repeated = segment.repeat(-(-total // p))[:total]
-        rows.append([*prefix.ids, *repeated.tolist()])
-    batch = Batch.from_ids(rows)
+    rows = _rows(allowed, period, length * copies, generator)
+    batch = Batch.from_ids([[*prefix.ids, *row] for row in rows])
     first = len(prefix.ids)
     duplicate = _earlier(first, batch.ids.shape[1], period)
     positions, ids = _answers(batch, first, period)
@@ -128,6 +118,22 @@ def _vocabulary(
     return prefix or Prefix((), "nothing before the text"), allowed
 
 
+def _rows(
+    allowed: Int[Tensor, " allowed"], period: Int[Tensor, " prompt"], total: int, generator: torch.Generator
+) -> list[list[int]]:
+    longest = int(period.max())
+    if len(allowed) < longest:
+        raise RequestError(
+            f"{longest} distinct tokens were asked for, and the vocabulary has {len(allowed)} ordinary ones; "
+            "ask for a shorter segment."
+        )
+    rows = []
+    for p in period.tolist():
+        segment = allowed[torch.randperm(len(allowed), generator=generator)[:p]]
+        rows.append(segment.repeat(-(-total // p))[:total].tolist())
+    return rows
+
+
 def _earlier(first: int, width: int, period: Int[Tensor, " prompt"]) -> Int[Tensor, "prompt query key"]:
     """Columns of the same token in earlier copies, nearest first."""
     most = (width - first - 1) // int(period.min())
@@ -143,8 +149,8 @@ def _displaced(
     generator: torch.Generator,
 ) -> Int[Tensor, "prompt query key"]:
     """For each key another one nearby that is none of the query's duplicate or induction keys."""
-    # At most a quarter of a period away, only the shifts 0 and 1 hit one of those.
-    reach = period[:, None, None] // 4
+    # Within so small a reach only the shifts 0 and 1 hit one of those.
+    reach = (period[:, None, None] // 4).clamp(min=2)
     draw = (torch.rand(keys.shape, generator=generator) * (2 * reach - 1)).long()
     shift = torch.where(draw < reach, draw - reach, draw - reach + 2)
     # Before the first token there is nothing to attend to: go the other way.

@@ -191,10 +191,16 @@ class Preflight:
         """While the kernel runs: what it is given, its results, and its own work."""
         shape, (features, slots) = self.spec.layers[layer], self._columns()
         given = piece.prompts * piece.tokens * (features * FLOAT + slots * 8)
-        window = _window(shape, piece)
-        geometry = Geometry(piece.prompts, piece.tokens, piece.tokens, True, window)
-        plain = shape.softcap is None and not shape.sinks
-        if self.device == "cuda" and plain and identities_reach(self.plan.request, geometry, None, None):
+        geometry = Geometry(piece.prompts, piece.tokens, piece.tokens, True, _window(shape, piece))
+        reached = not shape.sinks and identities_reach(
+            self.plan.request,
+            geometry,
+            self.attachment.dtype,
+            softcap=shape.softcap,
+            sinks=None,
+            features=features > 0,
+        )
+        if self.device == "cuda" and reached:
             work = self._identities(piece, shape)
         else:
             work = _blocks(piece, shape, self.plan.request, features, self.element, self.device)

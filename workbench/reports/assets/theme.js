@@ -25,6 +25,7 @@
   let before = null;
   window.addEventListener("beforeprint", () => {
     before = document.documentElement.dataset.theme || "";
+    document.querySelectorAll("details").forEach((part) => (part.open = true));
     document.documentElement.dataset.theme = "light";
     tell();
   });
