@@ -84,14 +84,15 @@ def test_a_file_that_is_no_text_is_refused(call, tmp_path):
     refused(call("trace", "m", "--file", "latin.txt"), "byte 1 is not UTF-8")
 
 
-def test_a_trace_over_the_memory_is_refused_behind_its_prediction(call, model_folder, monkeypatch):
+def test_a_trace_over_the_memory_is_refused_behind_its_prediction(call, model_folder, monkeypatch, tmp_path):
     import workbench.tracing.model
 
     monkeypatch.setattr(workbench.tracing.model, "free_memory", lambda device: 1000)
     result = call("trace", model_folder, "--prompt", "A long text. " * 40)
     assert result.exit_code == 2
     assert "Memory: predicted peak" in result.stdout
-    assert "1e+03 B are allowed" in result.stderr.splitlines()[-1] or "1000 B" in result.stderr.splitlines()[-1]
+    assert "but 0.977 KiB are allowed" in result.stderr.splitlines()[-1]
+    assert [child.name for child in (tmp_path / "runs").iterdir()] == []
 
 
 def test_a_run_is_not_replaced_unasked(call, heads_run, model_folder):

@@ -5,39 +5,49 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import xarray as xr
 
 from workbench.runs import Run, list_runs
 
-ARGUMENTS = ("--prompts", "3")
+ROOT = Path(__file__).resolve().parents[2]
+# From any folder, installed or not.
+MAIN = f"import sys; sys.path.append({str(ROOT)!r}); from workbench.cli import main; main()"
+
+
+def interrupted_in_step_2(command: list[str], folder: Path) -> tuple[int, str]:
+    """Exit code, and what was said until and after Ctrl-C."""
+    with subprocess.Popen(
+        [sys.executable, "-c", MAIN, *command],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job would ignore the signal, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("[2/"):
+                process.send_signal(signal.SIGINT)
+                break
+        said.append(process.stderr.read())
+    return process.returncode, "".join(said)
 
 
 def test_an_interrupted_command_goes_on_and_equals_an_uninterrupted_one(
     call, model_folder, heads_run, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    command = ["heads", model_folder, *ARGUMENTS, "--out", "run"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "workbench", *command],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell's background job would ignore the signal, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    told = []
-    assert process.stderr is not None
-    for line in process.stderr:
-        told.append(line)
-        if line.startswith("[2/"):
-            process.send_signal(signal.SIGINT)
-            break
-    rest = process.stderr.read()
-    assert process.wait(timeout=60) == 130, "".join(told) + rest
-    assert "Traceback" not in rest
-    kept, again = rest.splitlines()[-2:]
+    command = ["heads", model_folder, "--prompts", "3", "--out", "run"]
+    code, said = interrupted_in_step_2(command, tmp_path)
+    assert code == 130, said
+    assert "Traceback" not in said
+    kept, again = said.splitlines()[-2:]
     assert kept == "Interrupted. The finished steps are kept in .run.partial; this goes on from there:"
     assert again.strip() == f"workbench heads '{model_folder}' --prompts 3 --out run"
     assert list(list_runs(tmp_path)["status"]) == ["partial"]

@@ -33,9 +33,7 @@ def scores(grid: np.ndarray[Any, Any]) -> pd.DataFrame:
 @pytest.fixture
 def verification() -> pd.DataFrame:
     """Three ablations of one metric (beyond, inside, improving) and one of another metric."""
-    columns = (
-        "detector k heads metric unit better effect low high control_low control_high draws p q n".split()
-    )
+    columns = "detector k heads metric unit better effect low high control_low control_high draws p q n".split()
     rows = [
         ("induction", 2, "L2H1 L3H0", "loss", "nats", "lower", 1.0, 0.8, 1.2, -0.1, 0.2, 10, 0.001, 0.004, 8),
         ("sink", 1, "L0H1", "loss", "nats", "lower", 0.1, 0.0, 0.2, -0.1, 0.2, 10, 0.6, 0.6, 8),

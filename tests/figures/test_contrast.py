@@ -15,7 +15,7 @@ def test_outlier_is_labelled_with_its_intervals(contrast: pd.DataFrame) -> None:
     assert (far.x[0], far.y[0]) == (0.5, 0.1)
     assert far.error_y.array[0] == pytest.approx(0.03)
     assert far.error_y.arrayminus[0] == pytest.approx(0.02)
-    assert far.textposition == ("bottom right",)
+    assert far.textposition == ("middle right",), "away from the diagonal"
     assert len(others.x) == 11
     assert list(equal.x) == list(equal.y)
 
@@ -24,6 +24,15 @@ def test_no_point_is_lost_and_domains_may_be_swapped(contrast: pd.DataFrame) -> 
     figure = domain_scatter(contrast, ("code", "prose"))
     assert sum(len(trace.x) for trace in figure.data[1:]) == 12
     assert figure.layout.xaxis.title.text == "first-token mass on code"
+
+
+def test_labels_of_close_heads_do_not_lie_on_each_other(contrast: pd.DataFrame) -> None:
+    code = contrast["domain"] == "code"
+    close = contrast.assign(value=contrast["value"].where(~code, 0.9 + contrast["layer"] / 1000))
+    far = domain_scatter(close, labelled=12).data[2]
+    shown = [place for place, text in zip(far.textposition, far.text, strict=True) if text]
+    assert 2 <= len(shown) < 12
+    assert len(set(shown)) == len(shown)
 
 
 def test_hover_names_the_head(contrast: pd.DataFrame) -> None:

@@ -43,9 +43,7 @@ def test_same_statistic_of_two_detectors_is_told_apart(curves: pd.DataFrame) -> 
 
 
 @pytest.mark.parametrize(("longest", "kind"), [(50, None), (500, "log")])
-def test_long_prompts_get_a_logarithmic_axis_that_keeps_the_first_query(
-    longest: int, kind: str | None
-) -> None:
+def test_long_prompts_get_a_logarithmic_axis_that_keeps_the_first_query(longest: int, kind: str | None) -> None:
     table = pd.DataFrame({"position": range(longest), "value": 0.5})
     figure = position_curves(table.assign(detector="d", layer=0, head=0, statistic="first_1"))
     assert figure.layout.xaxis.type == kind
@@ -63,9 +61,7 @@ def test_skipped_positions_break_the_line() -> None:
 
 
 def test_caption_and_refusal(curves: pd.DataFrame) -> None:
-    assert caption_of(position_curves(curves, [(2, 1)])).startswith(
-        "L2H1 over the query position: first token"
-    )
+    assert caption_of(position_curves(curves, [(2, 1)])).startswith("L2H1 over the query position: first token")
     assert caption_of(position_curves(curves, [(2, 1)], caption="Own words.")) == "Own words."
     with pytest.raises(RequestError, match="L9H9"):
         position_curves(curves, [(9, 9)])

@@ -51,9 +51,7 @@ def test_scale_is_sequential_from_zero_and_diverging_for_both_signs(scores: pd.D
     assert (axis.cmin, axis.cmax) == (0.0, 0.8)
     assert [colour for _, colour in axis.colorscale] == list(LIGHT.sequential)
     centred = scores.assign(value=scores["value"] - 0.3)
-    axis = head_map(
-        centred, "induction", info={"better": "either", "threshold": 0.2}, dark=True
-    ).layout.coloraxis
+    axis = head_map(centred, "induction", info={"better": "either", "threshold": 0.2}, dark=True).layout.coloraxis
     assert axis.cmin == -axis.cmax
     assert [colour for _, colour in axis.colorscale] == list(DARK.diverging)
     assert {-0.2, 0.2} <= set(axis.colorbar.tickvals)

@@ -5,6 +5,7 @@ Needs Chromium (Debian: `apt-get install chromium`); without it the tests are sk
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,7 +17,10 @@ import pytest
 
 from workbench.reports import write_report
 
-sync_api = pytest.importorskip("playwright.sync_api")
+if os.environ.get("CI"):
+    sync_api = importlib.import_module("playwright.sync_api")
+else:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 NASTY = "</script><img src=x onerror=window.hurt=1>"
 

@@ -166,7 +166,7 @@ def test_one_statistic_alone_is_the_same_as_among_all(subject, make_batch) -> No
     for statistic in everyone:
         alone = subject.model.trace(batch, statistics=[statistic])
         for name, value in alone.values.items():
-            torch.testing.assert_close(value, together[name], rtol=1e-6, atol=1e-6, equal_nan=True)
+            torch.testing.assert_close(value, together[name], rtol=1e-4, atol=2e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("subject", ["llama"], indirect=True)

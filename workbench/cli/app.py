@@ -27,8 +27,7 @@ class Root(TyperGroup):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        with Session(ctx.meta[_ARGUMENTS], debug=bool(ctx.params.get("debug"))) as session:
-            ctx.obj = session
+        with Session(ctx.meta[_ARGUMENTS], debug=bool(ctx.params.get("debug"))):
             return super().invoke(ctx)
 
 
@@ -46,12 +45,13 @@ app.add_typer(models.app, name="models")
 app.add_typer(runs.app, name="runs")
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         from workbench import __version__
 
         typer.echo(f"workbench {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

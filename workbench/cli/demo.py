@@ -10,7 +10,7 @@ import typer
 
 from workbench.cli.attached import OverwriteOption, attached, count_steps, predicted_peak
 from workbench.cli.progress import display
-from workbench.cli.session import Command, Session, session_of
+from workbench.cli.session import Command, Session, current_session
 from workbench.cli.tables import LEADING, show_certificate, show_findings
 from workbench.errors import RunError
 
@@ -27,7 +27,6 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    ctx: typer.Context,
     out: Annotated[
         Path, typer.Option(metavar="RUN", help="Folder of the run; the report is written beside it.")
     ] = Path("runs/demo"),
@@ -35,7 +34,7 @@ def demo(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Find and test the heads of SmolLM2-135M; a few minutes, one report."""
-    session = session_of(ctx)
+    session = current_session()
     finished = None if overwrite else _finished(out)
     if finished is None:
         run = _analyse(session, out, overwrite)

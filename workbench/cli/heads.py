@@ -21,7 +21,7 @@ from workbench.cli.attached import (
     predicted_peak,
 )
 from workbench.cli.progress import display
-from workbench.cli.session import Command, Session, session_of
+from workbench.cli.session import Command, Session, current_session
 from workbench.cli.tables import show_findings
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ def register(app: typer.Typer) -> None:
 
 
 def heads(
-    ctx: typer.Context,
     model: ModelArgument,
     detectors: Annotated[
         str | None,
@@ -61,7 +60,7 @@ def heads(
     device: DeviceOption = None,
 ) -> None:
     """Score every head of a model by detectors, without ablation."""
-    session = session_of(ctx)
+    session = current_session()
     chosen = names(detectors)
     path = out or default_run("heads", model, chosen, prompts, seed, dtype, device)
     session.writes(path, overwrite=overwrite)

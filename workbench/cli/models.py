@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from workbench.cli.attached import DeviceOption, DtypeOption, ModelArgument, attached
-from workbench.cli.session import Command, Session, session_of
+from workbench.cli.session import Command, Session, current_session
 from workbench.cli.tables import show_certificate, show_facts, show_table, table
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ app = typer.Typer(no_args_is_help=True, help="What can be attached, and the cert
 
 @app.command(name="check", cls=Command)
 def check(
-    ctx: typer.Context,
     model: ModelArgument,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
@@ -29,7 +28,7 @@ def check(
     ] = ",".join(map(str, LENGTHS)),
 ) -> None:
     """Attach a model and print its certificate (exit code 2: refused)."""
-    session = session_of(ctx)
+    session = current_session()
     lengths = _lengths(tokens)
     with attached(session, model, dtype, device) as loaded:
         _show_spec(session, loaded)
@@ -38,9 +37,9 @@ def check(
 
 
 @app.command(name="list", cls=Command)
-def show_list(ctx: typer.Context) -> None:
+def show_list() -> None:
     """Print the supported architectures and the built-in models."""
-    session = session_of(ctx)
+    session = current_session()
     with session.err.status("importing"):
         from workbench.models.architectures import ARCHITECTURES
         from workbench.models.loading import BUILTIN

@@ -94,7 +94,8 @@ class Bars(Display):
         self._end()
         label = self._label(name, title)
         if kept:
-            self._progress.add_task(f"kept {label}", total=1, completed=1)
+            self._task = self._progress.add_task(f"kept {label}", total=1)
+            self._end()
         else:
             self._task = self._progress.add_task(label, total=None)
 

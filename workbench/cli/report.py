@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from workbench.cli.demo import report_path, write
-from workbench.cli.session import Command, session_of
+from workbench.cli.session import Command, current_session
 
 
 def register(app: typer.Typer) -> None:
@@ -18,7 +18,6 @@ def register(app: typer.Typer) -> None:
 
 
 def report(
-    ctx: typer.Context,
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The HTML file to write. [default: RUN.html]")
@@ -26,7 +25,7 @@ def report(
     open_report: Annotated[bool, typer.Option("--open/--no-open", help="Show the report in the browser.")] = False,
 ) -> None:
     """Write a run as one HTML file that needs no network."""
-    session = session_of(ctx)
+    session = current_session()
     from workbench.runs import Run
 
     found = Run.open(run)

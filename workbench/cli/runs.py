@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from workbench.cli.session import Command, Session, session_of
+from workbench.cli.session import Command, Session, current_session
 from workbench.cli.tables import estimate, plain, show_certificate, show_facts, show_findings, show_table, table
 
 if TYPE_CHECKING:
@@ -22,12 +22,11 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a fi
 
 @app.command(name="list", cls=Command)
 def show_list(
-    ctx: typer.Context,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where runs lie.")] = Path("runs"),
     verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare its checksum.")] = False,
 ) -> None:
     """List the runs in a folder: finished, interrupted, damaged."""
-    session = session_of(ctx)
+    session = current_session()
     with session.err.status("reading"):
         from workbench.runs import list_runs
 
@@ -50,12 +49,11 @@ def show_list(
 
 @app.command(name="show", cls=Command)
 def show(
-    ctx: typer.Context,
     run: RunArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON instead.")] = False,
 ) -> None:
     """Show what a run holds and what it found; every checksum is compared."""
-    session = session_of(ctx)
+    session = current_session()
     with session.err.status("reading"):
         from workbench.runs import Run
 
@@ -70,13 +68,12 @@ def show(
 
 @app.command(name="compare", cls=Command)
 def compare(
-    ctx: typer.Context,
     a: Annotated[Path, typer.Argument(metavar="A", help="Folder of a run with head scores.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Folder of another.")],
     top: Annotated[int, typer.Option(min=0, help="Largest differences to print.")] = 10,
 ) -> None:
     """Compare the head scores of two runs (differences are B less A)."""
-    session = session_of(ctx)
+    session = current_session()
     with session.err.status("reading"):
         from workbench.runs import Run, compare_runs
 

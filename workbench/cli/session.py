@@ -15,6 +15,7 @@ import shlex
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,6 +27,7 @@ from typer.core import TyperCommand
 from workbench.errors import RunError, WorkbenchError
 
 _LOG_WIDTH = 140
+_CURRENT: ContextVar[Session] = ContextVar("session")
 
 
 class Session:
@@ -40,6 +42,7 @@ class Session:
         self._undo = ExitStack()
 
     def __enter__(self) -> Session:
+        self._undo.callback(_CURRENT.reset, _CURRENT.set(self))
         if self.debug:
             self._undo.enter_context(listening("workbench", self.note))
         return self
@@ -129,7 +132,7 @@ class Command(TyperCommand):
     """A command whose errors end as the table of this module says."""
 
     def invoke(self, ctx: Any) -> Any:
-        session = session_of(ctx)
+        session = current_session()
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort, BrokenPipeError):
@@ -165,11 +168,9 @@ def listening(logger: str, tell: Callable[[str], None]) -> Iterator[None]:
         source.removeHandler(handler)
 
 
-def session_of(ctx: typer.Context) -> Session:
+def current_session() -> Session:
     """The session of this invocation."""
-    session = ctx.obj
-    assert isinstance(session, Session)
-    return session
+    return _CURRENT.get()
 
 
 def printable(text: str) -> str:

@@ -23,7 +23,7 @@ from workbench.cli.attached import (
 )
 from workbench.cli.heads import tell_run
 from workbench.cli.progress import display
-from workbench.cli.session import Command, Session, session_of
+from workbench.cli.session import Command, Session, current_session
 from workbench.cli.tables import plain, show_table, table
 from workbench.errors import RequestError
 
@@ -49,7 +49,6 @@ def register(app: typer.Typer) -> None:
 
 
 def trace(
-    ctx: typer.Context,
     model: ModelArgument,
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The text.")] = None,
     file: Annotated[str | None, typer.Option(metavar="F", help="A file of UTF-8 text; - for standard input.")] = None,
@@ -70,7 +69,7 @@ def trace(
     device: DeviceOption = None,
 ) -> None:
     """Measure statistics of every head on one text, in one forward pass."""
-    session = session_of(ctx)
+    session = current_session()
     if (prompt is None) == (file is None):
         raise RequestError("Say what to read: either --prompt 'some text' or --file notes.txt.")
     text = prompt if prompt is not None else _read(file or "")

@@ -21,7 +21,7 @@ from workbench.cli.attached import (
 )
 from workbench.cli.heads import DETECTOR_NAMES, surveyed, tell_run
 from workbench.cli.progress import display
-from workbench.cli.session import Command, Session, session_of
+from workbench.cli.session import Command, Session, current_session
 from workbench.cli.tables import show_findings
 from workbench.errors import RequestError
 
@@ -61,7 +61,6 @@ def register(app: typer.Typer) -> None:
 
 
 def verify(
-    ctx: typer.Context,
     model: ModelArgument,
     heads: Annotated[str | None, typer.Option(metavar="L18H6,L17H3", help="The heads to ablate together.")] = None,
     detector: Annotated[
@@ -82,7 +81,7 @@ def verify(
     device: DeviceOption = None,
 ) -> None:
     """Ablate heads and measure a task, against matched random heads."""
-    session = session_of(ctx)
+    session = current_session()
     if (heads is None) == (detector is None):
         raise RequestError("Say what to ablate: either --heads L18H6,L17H3 or --detector induction.")
     path = out or default_run("verify", model, heads, detector, k, probe, how.value, draws, seed, dtype, device)

@@ -47,19 +47,28 @@ class Ablation:
     values: Mapping[Head, Tensor] | None = None
     reference: Batch | None = None
 
+    @property
+    def takes_values(self) -> bool:
+        return self.how in ("mean", "resample")
+
+    @property
+    def unresolved(self) -> bool:
+        """Whether reference prompts are still to be run."""
+        return self.takes_values and self.values is None
+
     def in_layer(self, layer: int) -> list[Head]:
         return [head for head in self.heads if head.layer == layer]
 
     def check(self, spec: Spec) -> None:
         for head in self.heads:
             spec.check(head)
-            if self.values is not None and head not in self.values:
+            if self.takes_values and self.values is not None and head not in self.values:
                 raise HeadError(f"ablate(how={self.how!r}): values has none for {head}; give one a head.")
 
     def laid_out(self, spec: Spec, batch: Batch) -> Ablation:
         """The same with values as `[prompt, token, dim]` of this batch, or `RequestError`."""
         _check_positions("ablate", self.positions, batch)
-        if self.values is None:
+        if not self.takes_values or self.values is None:
             return self
         prompts, tokens = batch.ids.shape
         values = {}
@@ -132,9 +141,10 @@ def ablate(
     chosen = tuple(dict.fromkeys(Head.parse(head) if isinstance(head, str) else Head(*head) for head in heads))
     if how not in HOWS:
         raise RequestError(f"how={how!r} is no ablation; choose one of {', '.join(HOWS)}.")
-    if how in ("mean", "resample") and values is None and reference is None:
+    made = Ablation(chosen, how, positions, values, reference)
+    if made.unresolved and reference is None:
         raise RequestError(f"ablate(how={how!r}) needs reference prompts: pass reference=model.batch([...]).")
-    return Ablation(chosen, how, positions, values, reference)
+    return made
 
 
 def patch(

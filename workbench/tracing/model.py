@@ -180,7 +180,8 @@ class Model:
         """Edits with their reference prompts run, so that the plan holds values only."""
         resolved: list[Edit] = []
         for edit in edits:
-            if isinstance(edit, Ablation) and edit.values is None and edit.reference is not None:
+            if isinstance(edit, Ablation) and edit.unresolved:
+                assert edit.reference is not None
                 edit.check(self.spec)
                 if edit.how == "resample":
                     _check_reference(edit.reference, batch)
@@ -218,7 +219,7 @@ class Model:
         wanted = _wanted_positions(batch, logits)
         plan = Plan.compile(self.spec, _flatten(statistics), sites, edits)
         refuse_large_patterns(plan, self.spec, batch)
-        if any(isinstance(edit, Ablation) and edit.values is None for edit in edits):
+        if any(isinstance(edit, Ablation) and edit.unresolved for edit in edits):
             plan = Plan.compile(self.spec, plan.statistics, sites, self._resolved(edits, batch))
         plan = plan.laid_out(self.spec, batch)
         return _Job(batch, plan, list(self._pieces(batch, tokens_at_once)), wanted, loss)
