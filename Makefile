@@ -1,5 +1,5 @@
 # Each target does the set-up that it needs in .venv; a second call finds it done.
-#   make demo     analyse SmolLM2-135M and write runs/demo/report.html
+#   make demo     analyse SmolLM2-135M and write runs/demo.html
 #   make test     the test suite
 #   make check    linter, formatter, type checker
 #   make format   apply the formatter and the linter's safe fixes

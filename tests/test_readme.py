@@ -27,7 +27,7 @@ def test_commands_exist(command):
         assert words and set(words) <= set(targets)
         return
     assert program == ".venv/bin/workbench"
-    from workbench.cli import app
+    from workbench.cli.app import app
 
     group = [word for word in words if re.fullmatch(r"[a-z]+", word)]
     options = [word for word in words if word.startswith("--")]

@@ -26,7 +26,7 @@ from typer.core import TyperCommand
 
 from workbench.errors import RunError, WorkbenchError
 
-_LOG_WIDTH = 140
+_LOG_WIDTH = 150
 _CURRENT: ContextVar[Session] = ContextVar("session")
 
 

@@ -26,7 +26,7 @@ TOP = 3
 
 def table(*columns: str) -> Table:
     """An empty table in the one style; a column that begins with `>` is set flush right."""
-    made = Table(box=box.SIMPLE_HEAD)
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in columns:
         right = name.startswith(">")
         made.add_column(name.lstrip(">"), justify="right" if right else "left", overflow="fold")
@@ -126,8 +126,8 @@ def show_verification(session: Session, rows: pd.DataFrame) -> None:
     from workbench.figures import verdict
 
     made = table(
-        *("detector", ">k", "metric", "intact -> ablated", "effect [95 % interval]"),
-        *("random heads, mean [range]", ">p", ">q", "outcome"),
+        *("detector", ">k", "metric", "intact -> ablated", "effect [95 %]"),
+        *("random heads [range]", ">p", ">q", "outcome"),
     )
     sentences = []
     for row in rows.to_dict("records"):

@@ -1,7 +1,7 @@
 """Layer x head maps: one cell a head, coloured by a detector's score.
 
 Layer 0 is the top row, so that a map reads downwards as the model computes. The scale starts at 0 and ends
-at the largest score; scores of both signs get a diverging scale around 0. The published threshold, where
+at the largest score; scores of both signs get a diverging scale around 0. The threshold, where
 there is one, is a tick of the colour bar, and a ring marks the strongest head. Works for any number of
 layers and heads, also where layers have different numbers of heads (cells that do not exist stay empty).
 """
@@ -159,6 +159,15 @@ def _grid(rows: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.object_]]
     return values, hover
 
 
+def _strongest(rows: pd.DataFrame, values: NDArray[np.float64], info: Mapping[str, Any]) -> tuple[int, int]:
+    """The head to ring: the first by rank, where the table ranks equal scores."""
+    if "rank" in rows and rows["rank"].notna().any():
+        best = rows.loc[rows["rank"].idxmin()]
+        return int(best["layer"]), int(best["head"])
+    layer, head = np.unravel_index(int(np.nanargmax(strength(values, info.get("better")))), values.shape)
+    return int(layer), int(head)
+
+
 def _add_map(
     figure: go.Figure,
     rows: pd.DataFrame,
@@ -177,7 +186,7 @@ def _add_map(
         **place,
     )
     if np.isfinite(values).any():
-        layer, head = np.unravel_index(int(np.nanargmax(strength(values, info.get("better")))), values.shape)
+        layer, head = _strongest(rows, values, info)
         ring = scale.mark(float(values[layer, head]), colours)
         figure.add_trace(
             go.Scatter(

@@ -81,6 +81,16 @@ def matched_heads(spec: Spec, heads: Sequence[Head], rng: np.random.Generator) -
     return tuple(sorted(drawn))
 
 
+def _controls(spec: Spec, heads: Sequence[Head], draws: int, rng: np.random.Generator) -> list[tuple[Head, ...]]:
+    """Different matched sets; where a small model does not have enough of them, some come twice."""
+    found: dict[tuple[Head, ...], None] = {}
+    for _ in range(20 * draws):
+        found[matched_heads(spec, heads, rng)] = None
+        if len(found) == draws:
+            return list(found)
+    return [list(found)[index % len(found)] for index in range(draws)]
+
+
 @dataclass(frozen=True)
 class Verification:
     """`table`: one row a claim and metric; `draws`: one row a random draw."""
@@ -113,7 +123,7 @@ def verify_claim(
     if draws < MIN_DRAWS:
         raise RequestError(f"draws = {draws}: fewer than {MIN_DRAWS} random controls say too little.")
     rng = np.random.default_rng(seed)
-    sets = [claim.heads, *(matched_heads(model.spec, claim.heads, rng) for _ in range(draws))]
+    sets = [claim.heads, *_controls(model.spec, claim.heads, draws, rng)]
     intact = claim.probe.measure(model) if baseline is None else baseline
     effects = []
     for done, heads in enumerate(sets, start=1):
@@ -125,7 +135,9 @@ def verify_claim(
     for metric in claim.probe.metrics:
         base = intact[metric.name]
         own, others = effects[0][metric.name], np.stack([effect[metric.name] for effect in effects[1:]])
-        tables.append(_summary(claim, metric, base, own, others, ablator.how, seed))
+        tables.append(
+            _summary(claim, metric, base, own, others, ablator.how, seed) | {"different_draws": len(set(sets[1:]))}
+        )
         rows += [
             _draw(claim, metric, base, index, heads, other)
             for index, (heads, other) in enumerate(zip(sets[1:], others, strict=True))

@@ -54,7 +54,7 @@ def reference_statistics(
 ) -> AttentionStatistics:
     """All requested statistics from the explicit matrix; the contract of `attention_statistics`."""
     a, lse = attention_pattern(q, k, geometry, scale=scale, softcap=softcap, sinks=sinks)
-    group = q.shape[1] // k.shape[1]
+    values = v.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     visible = geometry.visible(q.device)[:, None]
     seen = visible.any(-1)
     rows = torch.arange(a.shape[2], device=q.device) + geometry.query_offset
@@ -77,9 +77,7 @@ def reference_statistics(
         return torch.einsum("b h i j, b i -> b h j", a, recent_rows.double())
 
     statistics = {
-        "output": torch.einsum("b h i j, b h j d -> b h i d", a, v.double().repeat_interleave(group, dim=1))
-        if request.output
-        else None,
+        "output": torch.einsum("b h i j, b h j d -> b h i d", a, values) if request.output else None,
         "lse": lse if request.lse else None,
         "max_prob": a.amax(-1) if request.max_prob else None,
         "entropy": torch.special.entr(a).sum(-1) if request.entropy else None,

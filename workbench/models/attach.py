@@ -168,16 +168,24 @@ def _register() -> None:
 
 
 def _padding_mask(
-    batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **ignored: Any
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    attention_mask: Tensor | None = None,
+    **ignored: Any,
 ) -> Tensor | None:
-    """The mask of real tokens `[batch, key]`, or None where all are real; nothing else needs an array.
-
-    Under a cache of fixed size it is narrower than the keys; `_bounds` then refuses it.
-    """
+    """The mask of real tokens `[batch, key]`, or None where all are real; causality and windows need no array."""
+    if int(q_offset) + q_length != int(kv_offset) + kv_length:
+        raise RequestError(
+            f"A cache of fixed size gives {kv_length} keys to {int(q_offset) + q_length} tokens; use the default "
+            "cache, which grows."
+        )
     if attention_mask is None:
         return None
     mask = attention_mask[:, -kv_length:].bool()
-    return None if mask.shape[1] == kv_length and bool(mask.all()) else mask
+    return None if bool(mask.all()) else mask
 
 
 def _attention(
@@ -227,10 +235,7 @@ def _bounds(mask: Tensor | None, keys: int) -> tuple[Tensor | None, Tensor | Non
     if mask is None:
         return None, None
     if mask.ndim != 2 or mask.shape[1] != keys:
-        raise RequestError(
-            f"An attention mask of shape {tuple(mask.shape)} for {keys} keys; pass [prompt, key], and no "
-            "cache of fixed size."
-        )
+        raise RequestError(f"An attention mask of shape {tuple(mask.shape)} for {keys} keys; pass [prompt, key].")
     count = mask.sum(-1)
     start = mask.to(torch.uint8).argmax(-1)
     end = keys - mask.flip(-1).to(torch.uint8).argmax(-1)

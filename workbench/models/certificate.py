@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from workbench.errors import CertificateFailed
+from workbench.errors import CertificateFailed, RequestError
 from workbench.kernels import StatisticsRequest, attention_pattern
 from workbench.models.architectures import describe, locate
 from workbench.models.attach import Attachment, AttentionCall
@@ -81,7 +81,12 @@ class _Untouched:
 
 def attach_model(hf_model: nn.Module, *, seed: int = 0) -> tuple[Attachment, Certificate]:
     """Attach and certify; raises `CertificateFailed` if a check fails, and leaves the model as it was."""
-    untouched = _run_untouched(hf_model, _probe(hf_model, seed))
+    probe = _probe(hf_model, seed)
+    untouched = _run_untouched(hf_model, probe)
+    if hf_model.training and not torch.equal(untouched.logits, _run_untouched(hf_model, probe).logits):
+        raise RequestError(
+            "The model is in training mode and two runs of it differ (dropout); call model.eval() first."
+        )
     attachment = Attachment(hf_model)
     try:
         certificate = Certificate(tuple(_checks(attachment, untouched)))

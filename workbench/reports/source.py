@@ -37,6 +37,9 @@ def frame(run: RunLike, name: str) -> pd.DataFrame | None:
     if not run.has_table(name):
         return None
     table = run.table(name)
+    if name == "head_scores" and "rank" in table.columns:
+        # Equal scores stand in the order of their ranks, so that the first of them is the one to name.
+        table = table.sort_values("rank", kind="stable", ignore_index=True)
     return None if table.empty else table
 
 

@@ -48,8 +48,7 @@ def _text(values: NDArray[Any], where: str) -> NDArray[Any]:
         strangers = {type(item).__name__ for item in values.flat if not isinstance(item, str)}
         if strangers:
             raise RequestError(
-                f"{where} holds Python objects ({', '.join(sorted(strangers))}); "
-                "store numbers, booleans, times or text"
+                f"{where} holds Python objects ({', '.join(sorted(strangers))}); store numbers, booleans, times or text"
             )
     return values.astype(np.dtypes.StringDType())
 
@@ -66,6 +65,4 @@ def read_array(path: Path) -> xr.Dataset:
         dataset: xr.Dataset = found.assign(texts)
         return dataset
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise RunCorrupt(
-            f"{path} cannot be read ({error}); take the run from a copy, or make it again"
-        ) from error
+        raise RunCorrupt(f"{path} cannot be read ({error}); take the run from a copy, or make it again") from error

@@ -46,8 +46,7 @@ class Lock:
                 holder = os.pread(descriptor, 4096, 0)
                 os.close(descriptor)
                 raise RunLocked(
-                    f"{_describe(holder)} is writing the run {run}; "
-                    "wait for it, stop it, or choose another path"
+                    f"{_describe(holder)} is writing the run {run}; wait for it, stop it, or choose another path"
                 ) from None
             except BaseException:
                 os.close(descriptor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         **{library: _version(library) for library in _LIBRARIES},
-        "workbench": _version("attention-workbench")
-        or getattr(import_module("workbench"), "__version__", None),
+        "workbench": _version("attention-workbench"),
         "platform": platform.platform(),
         "cpu": _processor(),
         "threads": _threads(),

@@ -72,15 +72,11 @@ def to_json(value: object, where: str) -> Any:
     if isinstance(value, Path):
         return to_json(str(value), where)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            f.name: to_json(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)
-        }
+        return {f.name: to_json(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise RequestError(
-                    f"{where} has the key {key!r}, but JSON keys are text; write it as a string"
-                )
+                raise RequestError(f"{where} has the key {key!r}, but JSON keys are text; write it as a string")
         return {to_json(key, where): to_json(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_json(item, f"{where}[{i}]") for i, item in enumerate(value)]
@@ -112,9 +108,7 @@ def read_manifest(run: Path) -> dict[str, Any]:
             raise RunCorrupt(f"{file} is missing; take the run from a copy, or make it again") from None
         raise RunNotFound(f"{run} is not a run: it has no {MANIFEST}") from None
     except (ValueError, OSError) as error:
-        raise RunCorrupt(
-            f"{file} cannot be read ({error}); take the run from a copy, or make it again"
-        ) from error
+        raise RunCorrupt(f"{file} cannot be read ({error}); take the run from a copy, or make it again") from error
     if not isinstance(found, dict):
         raise RunCorrupt(f"{file} holds no JSON object; take the run from a copy, or make it again")
     check_format(found, file)

@@ -96,9 +96,7 @@ class Run:
         for what, key, locate in (("tables", "file", table_file), ("arrays", "path", array_file)):
             for name, entry in self.manifest[what].items():
                 try:
-                    valid = entry[key] == locate(check_name(name, what[:-1])) and isinstance(
-                        entry["sha256"], str
-                    )
+                    valid = entry[key] == locate(check_name(name, what[:-1])) and isinstance(entry["sha256"], str)
                 except (KeyError, TypeError, RequestError):
                     valid = False
                 problem = _problem(self.path / entry[key], entry, digests) if valid else "has no valid entry"

@@ -89,9 +89,7 @@ class State:
         except OSError as error:
             if folder.is_dir() and {child.name for child in folder.iterdir()} <= {f"{_FILE}.tmp"}:
                 return None
-            raise RunCorrupt(
-                f"{file} cannot be read ({error.strerror}); {_START_AGAIN.format(folder)}"
-            ) from error
+            raise RunCorrupt(f"{file} cannot be read ({error.strerror}); {_START_AGAIN.format(folder)}") from error
         complete = content[: content.rfind(b"\n") + 1]
         records = [_from_line(line, file) for line in complete.splitlines()]
         if not records:

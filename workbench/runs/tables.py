@@ -29,9 +29,7 @@ _PLAIN = (
 def to_arrow(frame: pd.DataFrame, name: str) -> pa.Table:
     """The frame's columns without its index; categories become text."""
     if frame.index.nlevels > 1 or frame.index.name is not None:
-        raise RequestError(
-            f"table {name}: the index {list(frame.index.names)} would be lost; call reset_index() first"
-        )
+        raise RequestError(f"table {name}: the index {list(frame.index.names)} would be lost; call reset_index() first")
     columns = list(frame.columns)
     if not columns or not all(isinstance(c, str) for c in columns) or len(set(columns)) < len(columns):
         raise RequestError(f"table {name}: columns need names, each a different text; got {columns}")
@@ -70,9 +68,7 @@ def write_part(table: pa.Table, file: Path, name: str, earlier: Sequence[Path]) 
     try:
         pa.unify_schemas([*schemas, table.schema], promote_options="permissive")
     except pa.ArrowException as error:
-        raise RequestError(
-            f"table {name}: a part has a column of another type than before: {error}"
-        ) from error
+        raise RequestError(f"table {name}: a part has a column of another type than before: {error}") from error
     pq.write_table(table, file)
 
 
@@ -96,9 +92,7 @@ def read_table(file: Path) -> pd.DataFrame:
     try:
         return _read(file).to_pandas()
     except (pa.ArrowException, OSError) as error:
-        raise RunCorrupt(
-            f"{file} cannot be read ({error}); take the run from a copy, or make it again"
-        ) from error
+        raise RunCorrupt(f"{file} cannot be read ({error}); take the run from a copy, or make it again") from error
 
 
 def _read(file: Path) -> pa.Table:

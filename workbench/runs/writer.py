@@ -137,9 +137,7 @@ class RunWriter:
         """
         self._require_open()
         if ("step", step) in self._own:
-            raise RequestError(
-                f"the step {step!r} of the run {self.path} is done twice; give it another name"
-            )
+            raise RequestError(f"the step {step!r} of the run {self.path} is done twice; give it another name")
         if seconds is None:
             seconds = time.monotonic() - self._since
         noted = round(float(seconds), 3)
@@ -197,9 +195,7 @@ class RunWriter:
         key = (kind, name, label)
         if key in self._own:
             shown = f"{name}/{label}" if label else name
-            raise RequestError(
-                f"the {kind} {shown} of the run {self.path} is written twice; name the parts apart"
-            )
+            raise RequestError(f"the {kind} {shown} of the run {self.path} is written twice; name the parts apart")
         file = self._state.parts_folder / f"{self._count:05d}-{name}{suffix}"
         self._count += 1
         return key, file

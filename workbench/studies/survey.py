@@ -33,13 +33,15 @@ from workbench.heads import (
 from workbench.heads.detection import KINDS, build_tasks, choose, run_kind, score
 from workbench.heads.detector import Array, Detector, Kind
 from workbench.heads.inference import q_values
-from workbench.models import Head
+from workbench.models import Batch, Head
 from workbench.runs import Run, RunWriter, environment
 from workbench.studies.examples import example_tables
 from workbench.tasks import Task
 from workbench.tracing import Model
 from workbench.tracing.edits import HOWS, How
 
+# Prompts that mean outputs are taken over.
+REFERENCE_PROMPTS = 16
 VERIFIED = ("sink", "previous_token", "induction", "retrieval")
 
 
@@ -261,12 +263,12 @@ class _Survey:
         return self._probes[name]
 
     def _ablate(self) -> Ablator:
-        """Mean outputs come from ordinary text, prose and code, that no metric is measured on."""
+        """Mean outputs come from the detectors' own prompts (prose and code), which no metric is measured on."""
         if self._ablator is None:
-            reference = build_tasks(
-                self.model, "text" if self.model.tokenizer is not None else "repeated", self.settings.detection
-            )
-            batch = reference[0].batch.select(range(min(16, len(reference[0]))))
+            kind: Kind = "text" if self.model.tokenizer is not None else "repeated"
+            tasks = build_tasks(self.model, kind, self.settings.detection)
+            ids = [row for task in tasks for row in task.batch.ids[: REFERENCE_PROMPTS // len(tasks)].tolist()]
+            batch = Batch.from_ids(ids)
             self._ablator = Ablator.prepare(self.model, self.settings.how, batch)
         return self._ablator
 
@@ -279,4 +281,5 @@ class _Survey:
             }  # fmt: skip
             if entry["sha256"] not in known:
                 self.writer.manifest["prompts"].append(dict(entry))
-                self.writer.manifest["model"]["special_tokens"] = task.specials
+                # The tokenizer's own policy stands first (plain text); chat templates bring theirs.
+                self.writer.manifest["model"].setdefault("special_tokens", task.specials)
