@@ -158,11 +158,7 @@ def root_imports(imports: list[Import]) -> list[str]:
 
 
 def outer_imports(imports: list[Import]) -> list[str]:
-    return [
-        f"{item}: no outer folder is importable"
-        for item in imports
-        if item.target.split(".")[0] in OUTER_FOLDERS
-    ]
+    return [f"{item}: no outer folder is importable" for item in imports if item.target.split(".")[0] in OUTER_FOLDERS]
 
 
 def cycles(imports: list[Import], modules: frozenset[str]) -> list[str]:

@@ -79,9 +79,7 @@ def test_functions_are_short() -> None:
 
 def test_what_the_package_imports_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = [
-        line for name, lines in project["optional-dependencies"].items() if name != "dev" for line in lines
-    ]
+    extras = [line for name, lines in project["optional-dependencies"].items() if name != "dev" for line in lines]
     declared = {_normal(re.split(r"[\[<>=~! ]", line)[0]) for line in [*project["dependencies"], *extras]}
     provided_by = importlib.metadata.packages_distributions()
     undeclared = []
@@ -121,9 +119,7 @@ def _imported(path: Path) -> set[str]:
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
-    loaded = set(
-        json.loads(run_python("import json, sys, workbench; print(json.dumps(sorted(sys.modules)))"))
-    )
+    loaded = set(json.loads(run_python("import json, sys, workbench; print(json.dumps(sorted(sys.modules)))")))
     assert not loaded & HEAVY
     assert {name for name in loaded if name.startswith("workbench")} == {"workbench"}
 

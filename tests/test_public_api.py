@@ -62,9 +62,7 @@ def test_an_unknown_name_is_an_attribute_error_that_lists_the_known_ones() -> No
 
 def test_type_checkers_see_the_same_names_as_readers() -> None:
     tree = ast.parse((ROOT / "workbench" / "__init__.py").read_text(encoding="utf-8"))
-    block = next(
-        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-    )
+    block = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     seen = {
         alias.asname: statement.module
         for statement in block.body

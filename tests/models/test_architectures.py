@@ -41,9 +41,7 @@ def tokens() -> Tensor:
     return ids
 
 
-def attention_by_spec(
-    query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, sinks: Tensor | None
-) -> Tensor:
+def attention_by_spec(query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, sinks: Tensor | None) -> Tensor:
     """Full-matrix causal attention from what the spec says alone."""
     key, value = (x.repeat_interleave(layer.group, dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * layer.scale

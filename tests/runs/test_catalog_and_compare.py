@@ -41,9 +41,7 @@ def test_list_tells_complete_partial_corrupt_and_newer_apart(tmp_path):
     (tmp_path / "file").write_text("")
 
     found = list_runs(tmp_path)
-    assert list(found.columns) == [
-        *("id", "kind", "title", "model", "created", "status", "path", "certificate")
-    ]
+    assert list(found.columns) == [*("id", "kind", "title", "model", "created", "status", "path", "certificate")]
     rows = {row.path.removeprefix(f"{tmp_path}/"): row for row in found.itertuples()}
     assert {name: row.status for name, row in rows.items()} == {
         "a": "complete",
@@ -120,12 +118,8 @@ def test_compare_joins_on_detector_layer_and_head(tmp_path):
 
 def test_compare_notes_other_models_and_prompts(tmp_path):
     frame = scores(("sink", 0, 0, 0.5, 0.4, 0.6))
-    a = make(
-        tmp_path / "a", frame, model={"name": "x", "weights_sha256": "a" * 64}, prompts=[{"sha256": "1"}]
-    )
-    b = make(
-        tmp_path / "b", frame, model={"name": "y", "weights_sha256": "b" * 64}, prompts=[{"sha256": "2"}]
-    )
+    a = make(tmp_path / "a", frame, model={"name": "x", "weights_sha256": "a" * 64}, prompts=[{"sha256": "1"}])
+    b = make(tmp_path / "b", frame, model={"name": "y", "weights_sha256": "b" * 64}, prompts=[{"sha256": "2"}])
     c = make(tmp_path / "c", frame)
     attributes = compare_runs(a, b).attrs
     assert (attributes["same_weights"], attributes["same_prompts"]) == (False, False)

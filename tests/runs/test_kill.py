@@ -30,9 +30,7 @@ def whole(job, tmp_path_factory) -> Run:
         ("ready to rename", 3),
     ],
 )
-def test_a_killed_run_is_resumed_and_equals_an_uninterrupted_one(
-    tmp_path, job, killed_at, whole, stop, steps
-):
+def test_a_killed_run_is_resumed_and_equals_an_uninterrupted_one(tmp_path, job, killed_at, whole, stop, steps):
     path = tmp_path / "run"
     killed_at(path, stop)
 

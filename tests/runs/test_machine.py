@@ -42,9 +42,7 @@ def test_nothing_heavy_is_imported():
 
 
 def test_a_loaded_torch_says_threads_and_gpus(monkeypatch):
-    cuda = SimpleNamespace(
-        is_available=lambda: True, device_count=lambda: 2, get_device_name=lambda i: f"GPU {i}"
-    )
+    cuda = SimpleNamespace(is_available=lambda: True, device_count=lambda: 2, get_device_name=lambda i: f"GPU {i}")
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(get_num_threads=lambda: 7, cuda=cuda))
     found = environment()
     assert found["threads"] == 7

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from workbench.errors import RequestError
 from workbench.models import Batch, Head
-from workbench.tracing import Model, Statistic, ablate, patch, statistics
+from workbench.tracing import Model, Statistic, Trace, ablate, patch, statistics
 
 LENGTHS = (1, 4, 12, 9)
 STEPS = 11
@@ -26,14 +26,13 @@ def row_statistics() -> list[Statistic | tuple[Statistic, ...]]:
     ]  # fmt: skip
 
 
-def teacher_forced(model: Model, batch: Batch, new: Tensor, **options: Any) -> tuple[Batch, Any]:
+def teacher_forced(model: Model, batch: Batch, new: Tensor, **options: Any) -> Trace:
     """Prompt and new tokens but the last (which was never fed back), each prompt padded on the right."""
     rows = [
-        [*ids[mask].tolist(), *(token for token in tokens[:-1].tolist() if token >= 0)]
+        [*ids[mask].tolist(), *tokens[:-1].tolist()]
         for ids, mask, tokens in zip(batch.ids, batch.mask, new, strict=True)
     ]
-    text = Batch.from_ids(rows)
-    return text, model.trace(text, **options)
+    return model.trace(Batch.from_ids(rows), **options)
 
 
 def test_tokens_are_those_of_hugging_face(subject, make_batch) -> None:
@@ -59,7 +58,7 @@ def test_decoded_rows_are_those_of_a_teacher_forced_trace(subject, make_batch) -
     """Also where a sliding cache has dropped the first keys: prompt and new tokens are longer than its window."""
     model, batch = subject.model, make_batch(LENGTHS, seed=8)
     found = model.generate(batch, STEPS, statistics=row_statistics(), stop_ids=())
-    text, trace = teacher_forced(model, batch, found.ids, statistics=row_statistics(), logits="all", sites=["pattern"])
+    trace = teacher_forced(model, batch, found.ids, statistics=row_statistics(), logits="all", sites=["pattern"])
     assert set(found.values) == set(trace.values)
     for row, length in enumerate(LENGTHS):
         rows = slice(length - 1, length - 1 + STEPS)
@@ -68,7 +67,9 @@ def test_decoded_rows_are_those_of_a_teacher_forced_trace(subject, make_batch) -
             truth = trace[name][row, :, :, rows]
             assert value[row].shape == truth.shape and value.dtype == truth.dtype, name
             if value.is_floating_point():
-                torch.testing.assert_close(value[row], truth, rtol=1e-4, atol=5e-5, msg=lambda text, n=name: f"{n}: {text}")
+                torch.testing.assert_close(
+                    value[row], truth, rtol=1e-4, atol=5e-5, msg=lambda text, n=name: f"{n}: {text}"
+                )
         for layer in range(model.spec.n_layers):
             pattern = trace.site("pattern", layer)[row][:, rows]
             for keys in (found["argmax"][row, layer][..., None], found["top_k"][row, layer]):
@@ -84,15 +85,13 @@ def test_ablation_acts_in_every_step(subject, make_batch, how) -> None:
     heads = [Head(0, 1), Head(2, 0), Head(2, 2)]
     edits = [ablate(heads, how, reference=make_batch((20, 7), seed=10))]
     found = model.generate(batch, STEPS, edits=edits, statistics=[statistics.entropy()], stop_ids=())
-    _, trace = teacher_forced(model, batch, found.ids, edits=edits, logits="all", statistics=[statistics.entropy()])
+    trace = teacher_forced(model, batch, found.ids, edits=edits, logits="all", statistics=[statistics.entropy()])
     clean = model.generate(batch, STEPS, stop_ids=())
     assert found.ids.tolist() != clean.ids.tolist()
     for row, length in enumerate(LENGTHS):
         rows = slice(length - 1, length - 1 + STEPS)
         assert trace.logits[row, rows].argmax(-1).tolist() == found.ids[row].tolist()
-        torch.testing.assert_close(
-            found["entropy"][row], trace["entropy"][row, :, :, rows], rtol=1e-4, atol=5e-5
-        )
+        torch.testing.assert_close(found["entropy"][row], trace["entropy"][row, :, :, rows], rtol=1e-4, atol=5e-5)
 
 
 @one

@@ -216,8 +216,7 @@ def architecture_of(model_type: str) -> Architecture:
     if row is None:
         why = f" ({_WHY_NOT[model_type]})" if model_type in _WHY_NOT else ""
         raise ModelRefused(
-            f"Architecture {model_type!r}{why} is not supported; supported are "
-            f"{', '.join(sorted(ARCHITECTURES))}."
+            f"Architecture {model_type!r}{why} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}."
         )
     return row
 
@@ -317,9 +316,7 @@ def output_weight(modules: LayerModules, layer: LayerSpec) -> Float[Tensor, "hea
     return rows.reshape(layer.heads, layer.head_dim, -1)
 
 
-def written(
-    output: Any, like: Float[Tensor, "prompt token d_model"]
-) -> Float[Tensor, "prompt token d_model"]:
+def written(output: Any, like: Float[Tensor, "prompt token d_model"]) -> Float[Tensor, "prompt token d_model"]:
     """What a module adds to the residual stream: its output, a tuple's first, its token axes restored."""
     tensor = output[0] if isinstance(output, tuple) else output
     return cast(Tensor, tensor).reshape(like.shape)

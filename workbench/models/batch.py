@@ -114,9 +114,7 @@ class Batch:
         """Consecutive pieces of at most `size` prompts; columns stay as they are."""
         if size < 1:
             raise RequestError(f"size={size}: a piece needs at least one prompt.")
-        return [
-            self.select(range(first, min(first + size, len(self)))) for first in range(0, len(self), size)
-        ]
+        return [self.select(range(first, min(first + size, len(self)))) for first in range(0, len(self), size)]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

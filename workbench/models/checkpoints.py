@@ -100,9 +100,7 @@ def load_folder(
     return on_device(model, device), tokenizer
 
 
-def on_device(
-    model: PreTrainedModel, device: torch.device | str, dtype: torch.dtype | None = None
-) -> PreTrainedModel:
+def on_device(model: PreTrainedModel, device: torch.device | str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model moved, in evaluation mode."""
     module: nn.Module = model
     module.to(device=device, dtype=dtype)
@@ -118,9 +116,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
-def load_gguf(
-    file: Path, progress: Progress | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_gguf(file: Path, progress: Progress | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a GGUF file, in float32 on the CPU, without a trace of the quantisation.
 
     What `transformers` returns remembers the file it came from and refuses to be saved, so the dequantised
@@ -175,9 +171,7 @@ def _check_folder(folder: Path) -> Architecture:
     if not folder.is_dir():
         raise SourceError(f"There is no folder {folder}.")
     if (folder / "adapter_config.json").is_file():
-        raise SourceError(
-            f"{folder} holds an adapter; merge it into its base model and save that (merge_and_unload)."
-        )
+        raise SourceError(f"{folder} holds an adapter; merge it into its base model and save that (merge_and_unload).")
     try:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -107,17 +107,13 @@ def _other_layers(value: Any, _: Config) -> bool:
 GENERAL_REFUSALS = (
     Refusal("is_encoder_decoder", _on, "encoder-decoder models have cross-attention, which is not traced"),
     Refusal("add_cross_attention", _on, "cross-attention is not traced"),
-    Refusal(
-        "_output_attentions", _on, "it forces the eager backend; load the model with output_attentions=False"
-    ),
+    Refusal("_output_attentions", _on, "it forces the eager backend; load the model with output_attentions=False"),
     Refusal("_heterogeneity_spec", _on, "per_layer_config replaces parts of single layers"),
     Refusal("return_dict", _off, "outputs lose their names; load the model with return_dict=True"),
 )
 LAYER_TYPES = Refusal("layer_types", _other_layers, "only full and sliding-window attention are reproduced")
 BIDIRECTIONAL = Refusal("use_bidirectional_attention", _on, "only causal attention is reproduced")
-UPCAST = Refusal(
-    "reorder_and_upcast_attn", _on, "scores in float32 and weights in another type are not reproduced"
-)
+UPCAST = Refusal("reorder_and_upcast_attn", _on, "scores in float32 and weights in another type are not reproduced")
 UNUSED_SOFTCAP = Refusal(
     "attn_logit_softcapping", _on, "Gemma 3's attention ignores it, so what the weights expect is unclear"
 )
@@ -134,9 +130,7 @@ PROJECTED_EMBEDDING = Refusal(
 PARTLY_FULL = Refusal("full_attn_mod", lambda value, _: value not in (None, 1), "only 1 is known")
 
 
-def check_fields(
-    architecture: str, config: Config, known: frozenset[str], refusals: tuple[Refusal, ...] = ()
-) -> None:
+def check_fields(architecture: str, config: Config, known: frozenset[str], refusals: tuple[Refusal, ...] = ()) -> None:
     """Raise `ModelRefused`, by name and value, for the first field that we cannot vouch for."""
     for refusal in (*GENERAL_REFUSALS, *refusals):
         if refusal.field in config and refusal.wrong(config[refusal.field], config):

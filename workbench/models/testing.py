@@ -119,9 +119,7 @@ TINY: dict[str, Callable[[], PreTrainedModel]] = {
         num_experts_per_tok=2,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
-    "mixtral": partial(
-        build, "mixtral", **_ROTARY, **_heads(4, 2), num_local_experts=4, num_experts_per_tok=2
-    ),
+    "mixtral": partial(build, "mixtral", **_ROTARY, **_heads(4, 2), num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": partial(
         build,
         "qwen3_moe",

@@ -121,10 +121,11 @@ class Preflight:
                 # A sum of its own: the model adds in place, or later.
                 self._store(site, layer)
                 self.forecast.reach(alive + one, f"resid_mid of layer {layer}")
-        if mark.place == "attn_out" and self.plan.patches_at(layer, "result"):
-            # As it was, as it is patched, and their difference.
+        if mark.place == "attn_out" and (patches := self.plan.patches_at(layer, "result")):
+            # As it was, and the difference; as it is patched, too, unless that is the given value itself.
+            copies = 3 if any(patch.heads or patch.positions is not None for patch in patches) else 2
             result = prod(site_shape("result", self.spec, layer, piece.prompts, piece.tokens)) * self.element
-            self.forecast.reach(alive + 3 * result, f"the patched result of layer {layer}")
+            self.forecast.reach(alive + copies * result, f"the patched result of layer {layer}")
 
     def _store(self, site: Site, layer: int) -> None:
         shape = site_shape(site, self.spec, layer, *self.batch.ids.shape)
