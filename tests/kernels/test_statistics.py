@@ -22,7 +22,7 @@ from workbench.kernels import (
 
 EVERYTHING = StatisticsRequest(
     output=True, lse=True, max_prob=True, argmax=True, top_k=5, entropy=True, distance=True, first=(1, 4),
-    recent=(1, 16), offsets=(0, -1, -7, -63), sink_mass=True, column_sum=True, column_max=True, column_last=(3, 64),
+    recent=(1, 16), offsets=(0, -1, -7, -63), sink_mass=True, column_sum=True, column_max=True, column_last=(3, 64, 7),
 )  # fmt: skip
 LINEAR = StatisticsRequest(
     output=True, lse=True, entropy=True, distance=True, first=(1, 4), offsets=(0, -1, -7), sink_mass=True
@@ -197,6 +197,10 @@ def test_attention_output_equals_the_reference_and_differentiates(options):
     output = attention_output(q, k, v, **arguments)
     torch.testing.assert_close(output, truth, rtol=1e-5, atol=1e-5)
     output.square().sum().backward()
+    if "sinks" in options:
+        sinks = options["sinks"].requires_grad_()
+        attention_output(q.detach(), k, v, **{**arguments, "sinks": sinks}).sum().backward()
+        assert (sinks.grad != 0).all()
     assert torch.isfinite(q.grad).all() and (q.grad[0].abs().sum(-1)[:, 1:] > 0).all()
 
 

@@ -264,7 +264,7 @@ def test_calls_are_what_the_layer_was_called_with() -> None:
     model = TINY["gpt_oss"]()
     attachment, calls = Attachment(model), []
     mask = torch.ones_like(tokens())
-    mask[0, :6] = 0
+    mask[0, :6] = mask[1, 15:] = 0
     with attachment.observe(lambda call: (calls.append(call), call.output())[1]):
         logits(model, attention_mask=mask)
     assert [call.layer for call in calls] == [0, 1, 2]
@@ -272,13 +272,13 @@ def test_calls_are_what_the_layer_was_called_with() -> None:
     for call, modules in zip(calls, locate(model), strict=True):
         assert call.q.shape == (2, 8, 20, 8) and call.k.shape == call.v.shape == (2, 2, 20, 8)
         assert torch.equal(call.sinks, modules.attention.sinks)
-        assert call.key_start.tolist() == [6, 0] and call.key_end.tolist() == [20, 20]
+        assert call.key_start.tolist() == [6, 0] and call.key_end.tolist() == [20, 15]
         pattern = call.pattern(torch.float64)
         assert pattern.dtype == torch.float64
         with torch.no_grad():
             z, output, last = pattern @ call.v.double().repeat_interleave(4, dim=1), call.output(), call.last_query()
             torch.testing.assert_close(output.double(), z, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(last.output(), output[:, :, -1:], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(last.output()[0], output[0, :, -1:], rtol=1e-5, atol=1e-5)
     assert attachment.device.type == "cpu" and attachment.dtype == torch.float32
 
 

@@ -22,7 +22,7 @@ from workbench.tracing import SITES, Model, Site, Statistic, load, patch, statis
 from workbench.tracing.sites import site_shape
 
 # The issue asks for 0.2.
-TOLERANCE = 0.1
+TOLERANCE = 0.05
 
 
 def measured_peaks(runs: Sequence[Callable[[], object]]) -> list[int]:
@@ -127,6 +127,16 @@ def test_predictions_of_what_is_large(name: str) -> None:
     runs = [{"sites": [site]} for site in ("pattern", "result", "resid_mid")] + [{"edits": [edit]} for edit in edits]
     for site, found in zip(("pattern", "result", "resid_mid"), check(model, batch, *runs), strict=False):
         assert found.stored == kept_bytes(model, site, batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_predictions_where_weights_are_larger_than_prompts(dtype: torch.dtype) -> None:
+    """Norms of results need a factor of W_O, whatever the length of the prompt."""
+    model, batch = load(TINY["gpt2"](n_embd=256).to(dtype)), make_batch((16,))
+    with_norms, without = check(
+        model, batch, {"statistics": [statistics.result_norm()]}, {"statistics": [statistics.lse()]}
+    )
+    assert with_norms.peak > 1.3 * without.peak
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])

@@ -71,29 +71,24 @@ def test_a_layer_without_heads_leaves_the_bias(subject, make_batch) -> None:
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_uniform_and_to_sink_are_what_naive_patterns_give(subject, make_batch, side: str) -> None:
     model, batch = subject.model, make_batch(LENGTHS, side)
-    for layer, shape in enumerate(model.spec.layers):
-        head = 1
-        found = {
-            how: model.trace(batch, edits=[ablate([Head(layer, head)], how)], sites=["z", "v"])
-            for how in ("uniform", "to_sink")
-        }
-        clean = model.trace(batch, sites=["z"])
+    layers = model.spec.layers
+    edits = [
+        ablate([Head(layer, head) for layer in range(len(layers))], how)
+        for head, how in ((1, "uniform"), (layers[0].heads - 1, "to_sink"))
+    ]
+    found, clean = (model.trace(batch, edits=changes, sites=["z", "v"]) for changes in (edits, []))
+    for layer, shape in enumerate(layers):
+        last = shape.heads - 1
         for row, (start, length) in enumerate(zip(batch.starts.tolist(), batch.lengths.tolist(), strict=True)):
             real = slice(start, start + length)
             distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
             visible = (distance >= 0) & (distance < (shape.window or length))
-            v = found["uniform"].site("v", layer)[row, real, head // shape.group]
-            close(
-                found["uniform"].site("z", layer)[row, real, head], (visible / visible.sum(-1, keepdim=True)) @ v, 1e-5
-            )
-            first = visible.to(torch.uint8).argmax(-1)
-            assert torch.equal(found["to_sink"].site("z", layer)[row, real, head], v[first])
-            others = [other for other in range(shape.heads) if other != head]
-            close(
-                found["uniform"].site("z", layer)[row, real][:, others],
-                clean.site("z", layer)[row, real][:, others],
-                1e-5,
-            )
+            z, v = found.site("z", layer)[row, real], found.site("v", layer)[row, real]
+            close(z[:, 1], (visible / visible.sum(-1, keepdim=True)) @ v[:, 1 // shape.group], 1e-5)
+            assert torch.equal(z[:, last], v[visible.to(torch.uint8).argmax(-1), last // shape.group])
+            if layer == 0:
+                others = [head for head in range(last) if head != 1]
+                close(z[:, others], clean.site("z", 0)[row, real][:, others], 1e-5)
 
 
 def test_uniform_is_a_query_of_zero_unless_there_is_a_learned_sink(subject, make_batch) -> None:

@@ -158,7 +158,7 @@ def test_running_prompts_in_pieces_changes_nothing(subject, make_batch) -> None:
         torch.testing.assert_close(pieces.site("z", layer)[real], whole.site("z", layer)[real], rtol=1e-4, atol=1e-4)
 
 
-@few
+@pytest.mark.parametrize("subject", ["mistral", "gpt_oss"], indirect=True)
 def test_one_statistic_alone_is_the_same_as_among_all(subject, make_batch) -> None:
     batch = make_batch((30, 12))
     everyone = everything(batch)

@@ -121,7 +121,8 @@ def attention_output(
     plain = softcap is None and sinks is None and geometry.window_of(k.shape[2]) is None
     if plain:
         return _sdpa(q, k, v, geometry, scale)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         pattern, _ = attention_pattern(
             q, k, geometry, scale=scale, softcap=softcap, sinks=sinks, dtype=torch.promote_types(q.dtype, torch.float32)
         )
@@ -148,6 +149,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float) -> 
 def causal_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """SDPA with right-aligned causality; a mask array only for chunked prefill (1 < Q < K)."""
     queries, keys = q.shape[2], k.shape[2]
+    if q.device.type == "cuda" and q.dtype == torch.float32 and q.shape[1] != k.shape[1]:
+        # The memory-efficient backend has no grouped heads; without this, SDPA falls back to the full matrix.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     mask = None
     if 1 < queries < keys:
         mask = Geometry(1, queries, keys).visible(q.device)[:, None]

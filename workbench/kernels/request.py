@@ -99,12 +99,12 @@ class AttentionStatistics:
     top_mass: Float[Tensor, "batch head query rank"] | None = None
     entropy: Float[Tensor, "batch head query"] | None = None
     distance: Float[Tensor, "batch head query"] | None = None
-    first: Float[Tensor, "batch head query size"] | None = None
-    recent: Float[Tensor, "batch head query size"] | None = None
+    first: Float[Tensor, "batch head query leading"] | None = None
+    recent: Float[Tensor, "batch head query trailing"] | None = None
     offsets: Float[Tensor, "batch head query offset"] | None = None
     features: Float[Tensor, "batch head query feature"] | None = None
     at_keys: Float[Tensor, "batch head query slot"] | None = None
     sink_mass: Float[Tensor, "batch head query"] | None = None
     column_sum: Float[Tensor, "batch head key"] | None = None
     column_max: Float[Tensor, "batch head key"] | None = None
-    column_last: Float[Tensor, "batch head size key"] | None = None
+    column_last: Float[Tensor, "batch head rows key"] | None = None

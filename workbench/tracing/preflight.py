@@ -213,13 +213,15 @@ class Preflight:
         return output * (3 * self.element + 4 * FLOAT)
 
     def _readings(self, piece: Piece, layer: int) -> int:
-        """While statistics are read off the results: some make arrays of z's size, or factor W_O."""
+        """While statistics are read off the results: some factor W_O, or make arrays of z's size."""
         shape, extra = self.spec.layers[layer], 0
         if any(statistic.needs_result_factor for statistic in self.plan.statistics):
-            rows = piece.prompts * shape.heads * piece.tokens
+            z = piece.prompts * shape.heads * piece.tokens * shape.head_dim
             weight = shape.heads * shape.head_dim * self.spec.d_model
-            # z in another order, and its product; before that the weight, and two copies to factor it.
-            extra = max(2 * rows * shape.head_dim, 3 * weight) * FLOAT
+            factor = shape.heads * shape.head_dim**2
+            # The factored copy (of a float32 copy) with its factor, twice; then z in another order, and its product.
+            copies = 1 if self.element == FLOAT else 2
+            extra = max(copies * weight + 2 * factor, factor + 2 * z) * FLOAT
         return self._results(piece, shape) + extra
 
     def _plain(self, piece: Piece, shape: LayerSpec) -> int:
@@ -227,6 +229,9 @@ class Preflight:
         rows = piece.prompts * shape.heads * piece.tokens
         if shape.softcap is None and not shape.sinks and _window(shape, piece) is None:
             parts = 2 if piece.batch.padded else 1
+            if self.device == "cuda" and self.element == FLOAT and shape.group > 1:
+                # k and v, repeated for the backend that has no grouped heads.
+                parts += 2
             return rows * (parts * shape.head_dim * self.element + FLOAT)
         work = _blocks(piece, shape, StatisticsRequest(output=True), 0, self.element, self.device)
         return rows * shape.head_dim * FLOAT + work
@@ -237,9 +242,11 @@ class Preflight:
         logits = piece.prompts * piece.kept * vocabulary * self.element
         if self.wanted is not None:
             each = self.wanted.shape[1] * vocabulary
-            converted = 0 if self.element == FLOAT else FLOAT
+            # Each prompt's own rows, made float32 where they are not, and then stored.
+            if self.element != FLOAT:
+                self.forecast.reach(logits + piece.prompts * each * (self.element + FLOAT), "the logits")
             self.forecast.keep("logits", len(self.batch) * each * FLOAT)
-            self.forecast.reach(logits + piece.prompts * each * (self.element + converted), "the logits")
+            self.forecast.reach(logits + piece.prompts * each * FLOAT, "the logits")
         if self.loss:
             # In float32, and their log-probabilities.
             copies = FLOAT if self.element == FLOAT else 2 * FLOAT
