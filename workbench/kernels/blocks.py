@@ -302,14 +302,10 @@ class _Tile:
             low = max(0, rows.start + self.span.offset - size + 1 - start)
             band = torch.arange(start + low, self.span.columns.stop, device=self.p.device)
             near = (band > self.row_index[:, None] - size).to(self.p.dtype)
-            out["recent"][..., rows, slot] = torch.einsum("bhgij,ij->bhgi", self.p[..., low:], near)
+            out["recent"][..., rows, slot] = (self.p[..., low:] * near).sum(-1)
 
     def _write_maxima(self, out: dict[str, Tensor]) -> None:
         rows, start = self.span.rows, self.span.columns.start + self.call.first_key
-        if "argmax" in out:
-            best = self.maxima.argmax(-1, keepdim=True)
-            inside = self._groups(best).argmax(-1)
-            out["argmax"][..., rows] = best[..., 0] * GROUP + inside + start
         if "top_keys" in out:
             wanted = min(self.request.top_k, self.shape[-1])
             groups = self.maxima.topk(min(wanted, self.maxima.shape[-1]), dim=-1).indices
@@ -317,7 +313,13 @@ class _Tile:
             keys = torch.gather(groups, -1, where // GROUP) * GROUP + where % GROUP + start
             real = values > MASKED / 2
             out["top_keys"][..., rows, :wanted] = torch.where(real, keys, -1)
+            if "argmax" in out:
+                out["argmax"][..., rows] = keys[..., 0]
             out["top_mass"][..., rows, :wanted] = torch.where(real, torch.exp(values - self.log_total[..., None]), 0.0)
+        elif "argmax" in out:
+            best = self.maxima.argmax(-1, keepdim=True)
+            inside = self._groups(best).argmax(-1)
+            out["argmax"][..., rows] = best[..., 0] * GROUP + inside + start
 
     def _groups(self, index: Tensor) -> Tensor:
         """The (shifted) logits of the key groups at `index`, side by side."""
