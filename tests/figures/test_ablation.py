@@ -61,7 +61,7 @@ def test_draws_stay_in_the_row_of_their_ablation(verification: pd.DataFrame, dra
 
 
 def test_control_range_is_drawn(verification: pd.DataFrame) -> None:
-    band = traces(ablation_chart(verification, metric="recall"), "95 % range of random draws")[0]
+    band = traces(ablation_chart(verification, metric="recall"), "range of random draws")[0]
     assert list(band.x)[:2] == [-0.1, 0.1]
 
 

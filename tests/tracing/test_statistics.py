@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import workbench
 from workbench.errors import RequestError
 from workbench.models import Batch
+from workbench.models.testing import TINY
 from workbench.tracing import Statistic, statistics
 
 LENGTHS = (1, 2, 37, 64)
@@ -251,3 +253,12 @@ def test_statistics_of_a_half_precision_model_are_float32(name: str, make_batch)
     assert len(floats) > 20 and all(value.dtype == torch.float32 for value in floats.values())
     total = (trace["all"] + trace["sink_mass"])[batch.mask[:, None, None, :].expand_as(trace["all"])]
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-6)
+
+
+def test_names_in_place_of_statistics_are_refused_with_the_way_to_make_them():
+    model = workbench.load(TINY["llama"]())
+    with pytest.raises(RequestError, match="'entropy' is no statistic"):
+        model.trace([[1, 2, 3]], statistics=["entropy"])
+    one = model.trace([[1, 2, 3]], edits=workbench.ablate("L0H0"), logits="last")
+    many = model.trace([[1, 2, 3]], edits=[workbench.ablate(["L0H0"])], logits="last")
+    assert torch.equal(one.logits, many.logits)

@@ -1,7 +1,7 @@
 """Ablation chart: the effect of ablating a detector's top heads against draws of matched random heads.
 
 One row an ablation, one panel a metric (units differ). Grey points are the single draws, the grey bar their
-95 % range; the diamond is the effect of the detector's heads with its bootstrap interval, filled where the
+full range; the diamond is the effect of the detector's heads with its bootstrap interval, filled where the
 effect is shown and hollow where it is not, e.g. inside the control range.
 """
 
@@ -148,7 +148,7 @@ def _range(rows: pd.DataFrame, heights: NDArray[np.int64], colours: Palette, leg
         line={"color": colours.control, "width": 16},
         opacity=0.28,
         hoverinfo="skip",
-        name="95 % range of random draws",
+        name="range of random draws",
         legendgroup="range",
         showlegend=legend,
     )

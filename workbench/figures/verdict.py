@@ -39,7 +39,11 @@ def verdict(row: Mapping[str, Any]) -> Verdict:
         drawn = f"{int(float(draws))} draws of matched random heads"
     span = f"the range of {drawn} ({interval(*control, 3)})"
     if control[0] <= effect <= control[1]:
-        return Verdict("inside", "inside control range", f"Inside {span}: nothing particular to these heads is shown.")
+        beaten = row.get("beaten")
+        more = f" They did more than {int(float(beaten))} of the draws." if isinstance(beaten, Real) and beaten else ""
+        return Verdict(
+            "inside", "inside control range", f"Inside {span}: nothing particular to these heads is shown.{more}"
+        )
     worse = effect < 0 if row.get("better") == "higher" else effect > 0
     if not worse:
         return Verdict("reverse", "got better", f"Outside {span}, but the metric got better, not worse.")

@@ -7,7 +7,8 @@
 4. Per prompt, the effect less the mean effect of the controls; its interval by bootstrap, its p by sign flips over
    prompts; q over everything tested in one go.
 
-An effect inside the range of the controls is a negative result and is reported like any other.
+The control range is that of all draws, from the least to the greatest. An effect inside it is a negative result and is
+reported like any other.
 """
 
 from __future__ import annotations
@@ -191,8 +192,8 @@ def _summary(
         "baseline": float(base.mean()), "ablated": float((base + own).mean()), "effect": float(own.mean()),
         "low": float(interval.low[0]), "high": float(interval.high[0]),
         "control_effect": float(mean_control.mean()),
-        "control_low": float(np.percentile(mean_control, 2.5)),
-        "control_high": float(np.percentile(mean_control, 97.5)),
+        "control_low": float(mean_control.min()),
+        "control_high": float(mean_control.max()),
         "draws": len(others), "beaten": int(np.sum(beaten)), "p": float(p[0]), "n": len(own),
         "caption": claim.probe.caption,
     }  # fmt: skip

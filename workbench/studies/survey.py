@@ -103,7 +103,7 @@ def survey(
     Raises `RunError` if `path` holds a run already (unless `overwrite`) or part of one with other settings.
     """
     settings = settings or SurveySettings()
-    chosen = _checked(settings)
+    chosen = _checked(settings, len(model.spec.heads()))
     fingerprint = {"model": model_facts(model), "settings": settings.as_dict(), "kind": kind}
     title = title or f"Attention heads of {model.source.name}"
     with RunWriter.open(
@@ -141,7 +141,7 @@ def model_facts(model: Model) -> dict[str, Any]:
     }
 
 
-def _checked(settings: SurveySettings) -> list[Detector]:
+def _checked(settings: SurveySettings, heads: int) -> list[Detector]:
     """All that can be wrong is wrong before the first pass."""
     chosen = choose(settings.detectors)
     names = {detector.name for detector in chosen}
@@ -152,6 +152,8 @@ def _checked(settings: SurveySettings) -> list[Detector]:
         raise RequestError(f"how={settings.how!r} is no ablation; choose one of {', '.join(HOWS)}.")
     if settings.k < 1 or settings.top < 1:
         raise RequestError(f"k={settings.k}, top={settings.top}: name at least one head.")
+    if settings.verify and 2 * settings.k > heads:
+        raise RequestError(f"k={settings.k} of {heads} heads leave too few others to compare with; ask for fewer.")
     return chosen
 
 

@@ -16,7 +16,7 @@ Where the softmax has a learned sink, `uniform` leaves it nothing; with a q of z
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -129,6 +129,11 @@ class Patch:
 Edit = Ablation | Patch
 
 
+def listed(edits: Edit | Sequence[Edit]) -> Sequence[Edit]:
+    """One edit stands for a list of one."""
+    return [edits] if isinstance(edits, Ablation | Patch) else edits
+
+
 def ablate(
     heads: Iterable[Head | str],
     how: How = "zero",
@@ -138,6 +143,7 @@ def ablate(
     reference: Batch | None = None,
 ) -> Ablation:
     """Ablate heads (`"L5H3"` or `Head(5, 3)`); `mean` and `resample` need `values` or `reference` prompts."""
+    heads = [heads] if isinstance(heads, str) else heads
     chosen = tuple(dict.fromkeys(Head.parse(head) if isinstance(head, str) else Head(*head) for head in heads))
     if how not in HOWS:
         raise RequestError(f"how={how!r} is no ablation; choose one of {', '.join(HOWS)}.")

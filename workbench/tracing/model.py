@@ -15,7 +15,7 @@ from workbench.errors import RequestError
 from workbench.models import Attachment, Batch, Certificate, Head, Spec, attach_model
 from workbench.models.loading import Source, resolve
 from workbench.models.memory import BodyCost, Prediction, free_memory, measure_body
-from workbench.tracing.edits import Ablation, Edit
+from workbench.tracing.edits import Ablation, Edit, listed
 from workbench.tracing.plan import Plan, refuse_large_patterns
 from workbench.tracing.preflight import Piece, Preflight
 from workbench.tracing.statistics import Statistic
@@ -88,7 +88,7 @@ class Model:
         *,
         statistics: Iterable[Statistic | tuple[Statistic, ...]] = (),
         sites: Sequence[str] = (),
-        edits: Sequence[Edit] = (),
+        edits: Edit | Sequence[Edit] = (),
         logits: Logits = None,
         loss: bool = False,
         tokens_at_once: int | None = None,
@@ -110,7 +110,7 @@ class Model:
         Raises:
             MemoryRefused: before allocation, with the predicted peak and what would fit.
         """
-        job = self._job(prompts, statistics, sites, edits, logits, loss, tokens_at_once)
+        job = self._job(prompts, statistics, sites, listed(edits), logits, loss, tokens_at_once)
         batch, prediction = job.batch, self._predict(job)
         advice = f"lower tokens_at_once (now {job.pieces[0][1].ids.numel()} tokens)"
         prediction.check(
@@ -155,14 +155,14 @@ class Model:
         prompts: Any,
         max_new_tokens: int = 50,
         *,
-        edits: Sequence[Edit] = (),
+        edits: Edit | Sequence[Edit] = (),
         statistics: Iterable[Statistic | tuple[Statistic, ...]] = (),
         stop_ids: Iterable[int] | None = None,
     ) -> Any:
         """Continue prompts greedily; see `workbench.tracing.generate.generate`."""
         from workbench.tracing.generate import check_request, generate
 
-        batch, wanted = self._checked(self.batch(prompts)), _flatten(statistics)
+        batch, wanted, edits = self._checked(self.batch(prompts)), _flatten(statistics), listed(edits)
         check_request(self.spec, batch, max_new_tokens, edits, wanted)
         return generate(self, batch, max_new_tokens, self._resolved(edits, batch), wanted, stop_ids)
 
@@ -293,6 +293,11 @@ def _flatten(statistics: Iterable[Statistic | tuple[Statistic, ...]]) -> list[St
     flat: list[Statistic] = []
     for statistic in statistics:
         flat.extend(statistic if isinstance(statistic, tuple) else [statistic])
+    for found in flat:
+        if not isinstance(found, Statistic):
+            raise RequestError(
+                f"{found!r} is no statistic; make one, e.g. statistics=[workbench.statistics.entropy()]."
+            )
     return flat
 
 

@@ -3,7 +3,7 @@
   const calm = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
 
   function go() {
-    const name = report.parseHead(decodeURIComponent(location.hash));
+    const name = report.parseHead(location.hash);
     document.querySelectorAll(".card.target").forEach((card) => card.classList.remove("target"));
     if (!name) return;
     const row = report.markRow?.(name);
