@@ -102,9 +102,13 @@ def rows(page: Any) -> list[str]:
 
 
 def in_view(page: Any, selector: str) -> bool:
+    """Whether an element ends up in view: some time is allowed for, as charts above it are drawn late."""
+    inside = (
+        "s => { const y = document.querySelector(s)?.getBoundingClientRect().top; return y > -10 && y < innerHeight; }"
+    )
+    page.wait_for_function(inside, arg=selector, timeout=15_000)
     page.wait_for_timeout(900)
-    box = page.locator(selector).bounding_box()
-    return box is not None and -10 < box["y"] < page.viewport_size["height"]
+    return bool(page.evaluate(inside, selector))
 
 
 def test_deep_link_opens_and_marks_a_card(visit: Callable[..., Any]) -> None:

@@ -1,6 +1,13 @@
 // Deep links: #L18H6 opens that head's card, or its row of the table where it has no card.
 (() => {
-  const calm = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
+  // Charts above the goal are drawn late and push it away; hold it in place until they are there or the reader moves.
+  function hold(goal, block) {
+    const watch = new ResizeObserver(() => goal.scrollIntoView({ block, behavior: "auto" }));
+    const stop = () => watch.disconnect();
+    watch.observe(document.body);
+    setTimeout(stop, 2500);
+    for (const move of ["wheel", "touchmove", "keydown", "mousedown"]) addEventListener(move, stop, { once: true });
+  }
 
   function go() {
     const name = report.parseHead(location.hash);
@@ -11,7 +18,7 @@
     const goal = card || row;
     if (!goal) return;
     card?.classList.add("target");
-    goal.scrollIntoView({ block: card ? "start" : "center", behavior: calm ? "auto" : "smooth" });
+    hold(goal, card ? "start" : "center");
     const focus = card ? card.querySelector("h3") : row.querySelector("a");
     focus?.focus({ preventScroll: true });
   }
