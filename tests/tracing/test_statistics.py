@@ -255,10 +255,8 @@ def test_statistics_of_a_half_precision_model_are_float32(name: str, make_batch)
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-6)
 
 
-def test_names_in_place_of_statistics_are_refused_with_the_way_to_make_them():
+def test_one_edit_stands_for_a_list_of_one():
     model = workbench.load(TINY["llama"]())
-    with pytest.raises(RequestError, match="'entropy' is no statistic"):
-        model.trace([[1, 2, 3]], statistics=["entropy"])
     one = model.trace([[1, 2, 3]], edits=workbench.ablate("L0H0"), logits="last")
     many = model.trace([[1, 2, 3]], edits=[workbench.ablate(["L0H0"])], logits="last")
     assert torch.equal(one.logits, many.logits)

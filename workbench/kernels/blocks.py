@@ -28,7 +28,7 @@ GROUP = 64
 # Finite, so that a masked probability times its logit is zero instead of NaN.
 MASKED = -1e30
 # Elements of one block buffer: about the last-level cache on a CPU, enough to fill the device on a GPU.
-TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
