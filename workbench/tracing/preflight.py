@@ -125,6 +125,10 @@ class Preflight:
             # As it was, and the difference; as it is patched, too, unless that is the given value itself.
             copies = 3 if any(patch.heads or patch.positions is not None for patch in patches) else 2
             result = prod(site_shape("result", self.spec, layer, piece.prompts, piece.tokens)) * self.element
+            modules, shape = self.attachment.layers[layer], self.spec.layers[layer]
+            if modules.attention_write is not modules.projection:
+                # A norm comes after: inside the projection its input, its output, z and their change are still held.
+                alive += piece.prompts * piece.tokens * shape.heads * shape.head_dim * self.element + 3 * one
             self.forecast.reach(alive + copies * result, f"the patched result of layer {layer}")
 
     def _store(self, site: Site, layer: int) -> None:
@@ -263,9 +267,9 @@ def _blocks(
 ) -> int:
     """The work of `kernels.blocks`, for the largest group of prompts of one length.
 
-    Keys are copied to whole groups of 64, values and features side by side; then two block buffers, and
-    besides them, of one tile at a time, its scaled queries (twice), its product with the values, or the
-    groups of keys that maxima are searched in.
+    Keys are copied to whole groups of 64, values and features side by side, column results once for each part;
+    then, for each worker, two block buffers and, of one tile at a time, its scaled queries (twice), its product
+    with the values, or the groups of keys that maxima are searched in.
     """
     batch, tokens, most = piece.batch, piece.tokens, 0
     start, end = (batch.starts, batch.starts + batch.lengths) if batch.padded else (None, None)
@@ -277,10 +281,13 @@ def _blocks(
         tiles = plan_tiles(q_shape, k_shape, window, device)
         padded, lanes = -(-keys // GROUP) * GROUP, count * shape.kv_heads
         width = shape.head_dim + features
-        copies = lanes * padded * (shape.head_dim + width) * FLOAT
+        sums = request.column_sum + request.column_max + len(request.column_last)
+        copies = lanes * (padded * (shape.head_dim + width) + keys * shape.group * sums * (tiles.parts - 1)) * FLOAT
         # While values and features are put side by side, and in half precision made float32.
         joining = lanes * keys * (width + (shape.head_dim if element < FLOAT else 0)) * FLOAT
-        searched = GROUP * min(max(request.top_k, int(request.argmax)), tiles.width // GROUP)
+        # A narrow block is searched as a whole.
+        few = request.top_k > 0 and tiles.width // GROUP < 2 * request.top_k
+        searched = 0 if few else GROUP * max(request.top_k, int(request.argmax))
         tile = tiles.elements // tiles.width * max(2 * shape.head_dim, width, searched) * FLOAT
-        most = max(most, copies + max(joining, 2 * tiles.elements * FLOAT + tile))
+        most = max(most, copies + max(joining, tiles.workers * (2 * tiles.elements * FLOAT + tile)))
     return most
