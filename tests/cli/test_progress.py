@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
-from workbench.cli.progress import Bars, Lines, display
+from workbench.cli.progress import Bars, Display, Lines, display
 from workbench.studies import Reporter
 
 
@@ -17,6 +18,11 @@ def test_a_terminal_gets_bars_and_a_log_gets_lines():
     assert isinstance(display(console(False)), Lines)
     assert isinstance(display(console(True)), Reporter)
     assert isinstance(display(console(False)), Reporter)
+
+
+def test_a_display_of_no_form_cannot_be_made():
+    with pytest.raises(TypeError, match="abstract"):
+        Display(console(False), None)
 
 
 def test_lines_tell_begin_end_and_the_time_left_now_and_then():

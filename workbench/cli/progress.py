@@ -7,6 +7,7 @@ within it.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
 
@@ -21,7 +22,7 @@ from workbench.cli.session import printable
 _REMEMBERED_SECONDS = 3600.0
 
 
-class Display:
+class Display(ABC):
     """What the two forms share: the count of steps."""
 
     def __init__(self, console: Console, steps: int | None) -> None:
@@ -37,13 +38,13 @@ class Display:
     ) -> None:
         return None
 
+    @abstractmethod
     def step(self, name: str, title: str, kept: bool) -> None:
         """A step begins, or is `kept` from an interrupted run."""
-        raise NotImplementedError
 
+    @abstractmethod
     def advance(self, done: int, total: int) -> None:
         """So far within the step."""
-        raise NotImplementedError
 
     def note(self, text: str) -> None:
         """A line between."""
