@@ -9,7 +9,6 @@ predicted peak beyond the weights; a prediction over the limit is refused with b
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from workbench.errors import MemoryRefused
 from workbench.models.architectures import ends
 from workbench.models.attach import Attachment, AttentionCall
+from workbench.models.available import available_memory
 
 PROBE_TOKENS = 96
 LOGIT_ROWS = 8
@@ -135,19 +135,11 @@ def size(count: float) -> str:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated; None where the system does not say."""
+    """Bytes that can still be allocated, a container's limit considered; None where the system does not say."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        try:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, ValueError, OSError):
-            return None
+    return available_memory()
 
 
 def measure_body(attachment: Attachment) -> BodyCost:
