@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+import pandas as pd
 import pytest
 
 import workbench
+from workbench.runs import RunWriter
 
 SCRIPT = Path(__file__).with_name("job.py")
 
@@ -24,6 +27,43 @@ def job() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def frame() -> pd.DataFrame:
+    """A small table with what is hard to keep: a missing number, a missing text, line breaks, markup."""
+    return pd.DataFrame({"layer": [0, 1], "value": [0.5, np.nan], "text": ["é\n<b>", None]})
+
+
+@pytest.fixture
+def begin() -> Callable[..., RunWriter]:
+    """`begin(path, fingerprint)`: open a writer, or go on with what is there."""
+
+    def open_writer(path: Path, fingerprint: dict[str, object] | None = None, **options: bool | str) -> RunWriter:
+        return RunWriter.open(path, kind="heads", title="T", fingerprint=fingerprint or {"seed": 0}, **options)
+
+    return open_writer
+
+
+@pytest.fixture
+def interrupted(begin: Callable[..., RunWriter], frame: pd.DataFrame) -> Callable[..., None]:
+    """`interrupted(path)`: leave a run after its step a, in the middle of b."""
+
+    def leave(path: Path, fingerprint: dict[str, object] | None = None) -> None:
+        with suppress(KeyboardInterrupt), begin(path, fingerprint) as out:
+            out.table("scores/a", frame)
+            out.manifest["settings"] = {"seed": 0}
+            out.done("a")
+            out.table("scores/b", frame)
+            raise KeyboardInterrupt
+
+    return leave
+
+
+@pytest.fixture
+def names() -> Callable[[Path], list[str]]:
+    """`names(folder)`: what lies in a folder, sorted."""
+    return lambda folder: sorted(child.name for child in folder.iterdir())
 
 
 @pytest.fixture

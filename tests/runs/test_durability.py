@@ -7,8 +7,6 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
 
 from workbench.errors import RunCorrupt, RunError, RunLocked, RunTooNew
@@ -16,27 +14,8 @@ from workbench.runs import RunWriter, writer
 from workbench.runs.disk import write_atomically
 from workbench.runs.lock import Lock
 
-FRAME = pd.DataFrame({"layer": [0, 1], "value": [0.5, np.nan], "text": ["é\n<b>", None]})
 
-
-def begin(path, fingerprint=None, **options):
-    return RunWriter.open(path, kind="heads", title="T", fingerprint=fingerprint or {"seed": 0}, **options)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(child.name for child in folder.iterdir())
-
-
-def interrupted(path: Path, fingerprint=None) -> None:
-    with suppress(KeyboardInterrupt), begin(path, fingerprint) as out:
-        out.table("scores/a", FRAME)
-        out.manifest["settings"] = {"seed": 0}
-        out.done("a")
-        out.table("scores/b", FRAME)
-        raise KeyboardInterrupt
-
-
-def test_a_second_writer_in_the_same_process_is_refused(tmp_path):
+def test_a_second_writer_in_the_same_process_is_refused(tmp_path, begin):
     with (
         begin(tmp_path / "run"),
         pytest.raises(RunLocked, match=f"process {os.getpid()} on .*{tmp_path}/run"),
@@ -46,7 +25,7 @@ def test_a_second_writer_in_the_same_process_is_refused(tmp_path):
         pass
 
 
-def test_the_lock_is_released_when_opening_fails(tmp_path):
+def test_the_lock_is_released_when_opening_fails(tmp_path, begin, interrupted):
     interrupted(tmp_path / "run")
     for _ in range(2):
         with pytest.raises(RunError, match="other settings"):
@@ -74,7 +53,7 @@ def test_a_lock_that_its_holder_removed_meanwhile_is_not_enough(tmp_path, monkey
     assert not file.exists()
 
 
-def test_only_one_of_many_holds_the_lock(tmp_path):
+def test_only_one_of_many_holds_the_lock(tmp_path, names):
     inside, most, taken = 0, 0, 0
     guard = threading.Lock()
 
@@ -103,7 +82,7 @@ def test_only_one_of_many_holds_the_lock(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_a_damaged_part_of_an_interrupted_run_is_named(tmp_path):
+def test_a_damaged_part_of_an_interrupted_run_is_named(tmp_path, begin, interrupted):
     path = tmp_path / "run"
     interrupted(path)
     part = next((tmp_path / ".run.partial" / "parts").glob("00000-*"))
@@ -112,7 +91,7 @@ def test_a_damaged_part_of_an_interrupted_run_is_named(tmp_path):
         begin(path)
 
 
-def test_a_line_cut_short_is_ignored_and_one_in_the_middle_is_not(tmp_path):
+def test_a_line_cut_short_is_ignored_and_one_in_the_middle_is_not(tmp_path, begin, interrupted):
     path, state = tmp_path / "run", tmp_path / ".run.partial" / "state.jsonl"
     interrupted(path)
     with state.open("ab") as stream:
@@ -130,7 +109,7 @@ def test_a_line_cut_short_is_ignored_and_one_in_the_middle_is_not(tmp_path):
         assert not out.resumed
 
 
-def test_an_interrupted_run_of_a_later_format(tmp_path):
+def test_an_interrupted_run_of_a_later_format(tmp_path, begin, interrupted):
     path, state = tmp_path / "run", tmp_path / ".run.partial" / "state.jsonl"
     interrupted(path)
     state.write_text(state.read_text().replace('"format": 1', '"format": 2', 1))
@@ -138,7 +117,7 @@ def test_an_interrupted_run_of_a_later_format(tmp_path):
         begin(path)
 
 
-def test_a_kill_before_the_first_line_is_no_obstacle(tmp_path):
+def test_a_kill_before_the_first_line_is_no_obstacle(tmp_path, begin):
     partial = tmp_path / ".run.partial"
     partial.mkdir()
     (partial / "state.jsonl.tmp").write_text("{")
@@ -147,7 +126,7 @@ def test_a_kill_before_the_first_line_is_no_obstacle(tmp_path):
         out.finish()
 
 
-def test_a_hidden_folder_of_someone_else_is_named(tmp_path):
+def test_a_hidden_folder_of_someone_else_is_named(tmp_path, begin, names):
     partial = tmp_path / ".run.partial"
     partial.mkdir()
     (partial / "mine").write_text("x")
@@ -156,7 +135,7 @@ def test_a_hidden_folder_of_someone_else_is_named(tmp_path):
     assert names(partial) == ["mine"]
 
 
-def test_other_versions_before_an_interruption_are_kept(tmp_path, monkeypatch):
+def test_other_versions_before_an_interruption_are_kept(tmp_path, monkeypatch, begin, interrupted):
     monkeypatch.setattr(writer, "environment", lambda: {"torch": "1"})
     interrupted(tmp_path / "run")
     monkeypatch.setattr(writer, "environment", lambda: {"torch": "2"})
@@ -166,14 +145,14 @@ def test_other_versions_before_an_interruption_are_kept(tmp_path, monkeypatch):
     assert run.manifest["earlier_environments"] == [{"torch": "1"}]
 
 
-def test_a_full_disk_gives_a_run_error_and_keeps_the_steps(tmp_path, monkeypatch):
+def test_a_full_disk_gives_a_run_error_and_keeps_the_steps(tmp_path, monkeypatch, begin, frame):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
     with begin(tmp_path / "run") as out:
         out.done("a")
         monkeypatch.setattr(os, "fsync", full)
-        out.table("scores", FRAME)
+        out.table("scores", frame)
         with pytest.raises(RunError, match="No space left on device; make room"):
             out.done("b")
         monkeypatch.undo()
@@ -181,10 +160,10 @@ def test_a_full_disk_gives_a_run_error_and_keeps_the_steps(tmp_path, monkeypatch
         assert not out.has("b")
     with begin(tmp_path / "run") as out:
         assert (out.has("a"), out.has("b"), out.has("c")) == (True, False, True)
-        assert out.finish().table("scores").shape == FRAME.shape
+        assert out.finish().table("scores").shape == frame.shape
 
 
-def test_a_step_that_could_not_be_noted_does_not_count(tmp_path, monkeypatch):
+def test_a_step_that_could_not_be_noted_does_not_count(tmp_path, monkeypatch, begin):
     fsync, state = os.fsync, tmp_path / ".run.partial" / "state.jsonl"
 
     def full(descriptor):
@@ -203,7 +182,7 @@ def test_a_step_that_could_not_be_noted_does_not_count(tmp_path, monkeypatch):
         assert not out.has("b")
 
 
-def test_files_of_no_step_are_cleared_away_on_resumption(tmp_path, job):
+def test_files_of_no_step_are_cleared_away_on_resumption(tmp_path, job, names):
     def reach(point):
         if point == "written induction":
             raise KeyboardInterrupt
@@ -218,13 +197,13 @@ def test_files_of_no_step_are_cleared_away_on_resumption(tmp_path, job):
         assert names(parts) == kept
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_a_place_that_cannot_be_written_is_named(tmp_path, begin):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"cannot write the run .*file/run"):
         begin(tmp_path / "file" / "run")
 
 
-def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch, job):
+def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch, job, begin):
     synced: set[int] = set()
     at_rename: list[set[int]] = []
     fsync, rename = os.fsync, Path.rename
@@ -260,7 +239,7 @@ def test_a_replaced_text_is_on_the_disk_before_it_takes_its_name(tmp_path, monke
     assert (tmp_path / "text").read_text(encoding="utf-8") == "é"
 
 
-def test_a_step_is_noted_after_its_files_are_on_the_disk(tmp_path, monkeypatch, job):
+def test_a_step_is_noted_after_its_files_are_on_the_disk(tmp_path, monkeypatch, job, begin):
     order: list[int] = []
     fsync = os.fsync
     with begin(tmp_path / "run") as out:

@@ -14,30 +14,11 @@ import pytest
 from workbench.errors import RequestError, RunError
 from workbench.runs import Run, RunWriter
 
-FRAME = pd.DataFrame({"layer": [0, 1], "value": [0.5, np.nan], "text": ["é\n<b>", None]})
 
-
-def begin(path, fingerprint=None, **options):
-    return RunWriter.open(path, kind="heads", title="T", fingerprint=fingerprint or {"seed": 0}, **options)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(child.name for child in folder.iterdir())
-
-
-def interrupted(path: Path, fingerprint=None) -> None:
-    with suppress(KeyboardInterrupt), begin(path, fingerprint) as out:
-        out.table("scores/a", FRAME)
-        out.manifest["settings"] = {"seed": 0}
-        out.done("a")
-        out.table("scores/b", FRAME)
-        raise KeyboardInterrupt
-
-
-def test_manifest_holds_the_provenance(tmp_path):
+def test_manifest_holds_the_provenance(tmp_path, begin, frame):
     before = datetime.now(UTC) - timedelta(seconds=1)
     with begin(tmp_path / "deep" / "run", command="workbench heads toy") as out:
-        out.table("scores", FRAME)
+        out.table("scores", frame)
         out.done("sink", seconds=1.23456)
         out.manifest["model"] = {"name": "toy", "layers": np.int64(3)}
         run = out.finish()
@@ -61,18 +42,18 @@ def test_manifest_holds_the_provenance(tmp_path):
     assert (run.kind, run.title, run.tables, run.arrays) == ("heads", "T", ("scores",), ())
 
 
-def test_parts_are_joined_in_the_order_of_writing(tmp_path):
+def test_parts_are_joined_in_the_order_of_writing(tmp_path, begin, frame):
     with begin(tmp_path / "run") as out:
-        out.table("scores/z", FRAME.assign(layer=1))
-        out.table("other", FRAME)
+        out.table("scores/z", frame.assign(layer=1))
+        out.table("other", frame)
         out.done("z")
-        out.table("scores/a", FRAME.assign(layer=[2.5, 3.5]))
+        out.table("scores/a", frame.assign(layer=[2.5, 3.5]))
         run = out.finish()
     assert run.tables == ("scores", "other")
     assert list(run.table("scores")["layer"]) == [1, 1, 2.5, 3.5]
 
 
-def test_an_exception_keeps_finished_steps_only(tmp_path):
+def test_an_exception_keeps_finished_steps_only(tmp_path, interrupted, names):
     path = tmp_path / "run"
     interrupted(path)
     assert names(tmp_path) == [".run.partial"]
@@ -86,23 +67,23 @@ def test_an_exception_keeps_finished_steps_only(tmp_path):
     assert names(tmp_path) == ["run"]
 
 
-def test_without_a_finished_step_nothing_is_left(tmp_path):
+def test_without_a_finished_step_nothing_is_left(tmp_path, begin, names, frame):
     with suppress(ZeroDivisionError), begin(tmp_path / "run") as out:
-        out.table("scores", FRAME)
+        out.table("scores", frame)
         raise ZeroDivisionError
     assert names(tmp_path) == []
     with begin(tmp_path / "run", {"seed": 5}) as out:
         assert not out.resumed
 
 
-def test_leaving_without_finish_keeps_the_steps(tmp_path):
+def test_leaving_without_finish_keeps_the_steps(tmp_path, begin):
     with begin(tmp_path / "run") as out:
         out.done("a")
     with begin(tmp_path / "run") as out:
         assert out.has("a")
 
 
-def test_resumption_needs_an_equal_fingerprint(tmp_path):
+def test_resumption_needs_an_equal_fingerprint(tmp_path, begin, interrupted):
     path = tmp_path / "run"
     interrupted(path, {"settings": {"seed": 0, "k": 3}, "model": "ab", "gone": [1]})
     now = {"settings": {"seed": 1, "k": 3}, "model": "ab", "new": {"x": None}}
@@ -129,17 +110,17 @@ def test_resumption_needs_an_equal_fingerprint(tmp_path):
         assert not out.has("a")
 
 
-def test_tuples_and_numpy_numbers_in_a_fingerprint_are_equal_after_resumption(tmp_path):
+def test_tuples_and_numpy_numbers_in_a_fingerprint_are_equal_after_resumption(tmp_path, begin, interrupted):
     given = {"heads": ((1, 2),), "eps": np.float32(0.5), "n": np.int64(3), "path": Path("x"), "nan": np.nan}
     interrupted(tmp_path / "run", given)
     with begin(tmp_path / "run", given, overwrite=True) as out:
         assert out.resumed
 
 
-def test_a_finished_run_is_replaced_only_on_request_and_only_at_the_end(tmp_path):
+def test_a_finished_run_is_replaced_only_on_request_and_only_at_the_end(tmp_path, begin, names, frame):
     path = tmp_path / "run"
     with begin(path) as out:
-        out.table("scores", FRAME)
+        out.table("scores", frame)
         old = out.finish()
     with pytest.raises(RunError, match=r"already holds a run.*--overwrite"):
         begin(path)
@@ -149,7 +130,7 @@ def test_a_finished_run_is_replaced_only_on_request_and_only_at_the_end(tmp_path
     assert Run.open(path).id == old.id
     with begin(path, overwrite=True) as out:
         assert out.resumed
-        out.table("other", FRAME)
+        out.table("other", frame)
         new = out.finish()
     assert Run.open(path).id == new.id != old.id
     assert Run.open(path).tables == ("other",)
@@ -157,7 +138,7 @@ def test_a_finished_run_is_replaced_only_on_request_and_only_at_the_end(tmp_path
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_that_is_no_run_is_left_alone(tmp_path, overwrite):
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path, overwrite, begin, names):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "manifest.json").write_text("{}")
     with pytest.raises(RunError, match="not a run, so it is left alone"):
@@ -168,14 +149,14 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, overwrite):
     assert names(tmp_path) == ["file", "run"]
 
 
-def test_an_empty_folder_is_used(tmp_path):
+def test_an_empty_folder_is_used(tmp_path, begin):
     (tmp_path / "run").mkdir()
     with begin(tmp_path / "run") as out:
         out.finish()
     assert Run.open(tmp_path / "run").tables == ()
 
 
-def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path):
+def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path, begin, names):
     with begin(tmp_path / "run") as out:
         out.done("a")
         (tmp_path / "run").mkdir()
@@ -186,7 +167,7 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path):
     assert names(tmp_path / "run") == ["mine"]
 
 
-def test_a_damaged_run_can_be_replaced(tmp_path):
+def test_a_damaged_run_can_be_replaced(tmp_path, begin):
     with begin(tmp_path / "run") as out:
         out.finish()
     (tmp_path / "run" / "manifest.json").write_text("{")
@@ -195,7 +176,7 @@ def test_a_damaged_run_can_be_replaced(tmp_path):
     Run.open(tmp_path / "run")
 
 
-def test_a_kill_between_the_two_renames_gives_the_old_run_back(tmp_path):
+def test_a_kill_between_the_two_renames_gives_the_old_run_back(tmp_path, begin):
     path = tmp_path / "run"
     with begin(path) as out:
         old = out.finish()
@@ -205,7 +186,7 @@ def test_a_kill_between_the_two_renames_gives_the_old_run_back(tmp_path):
     assert Run.open(path).id == old.id
 
 
-def test_a_rename_that_fails_gives_the_old_run_back(tmp_path, monkeypatch):
+def test_a_rename_that_fails_gives_the_old_run_back(tmp_path, monkeypatch, begin):
     path = tmp_path / "run"
     with begin(path) as out:
         old = out.finish()
@@ -225,23 +206,23 @@ def test_a_rename_that_fails_gives_the_old_run_back(tmp_path, monkeypatch):
     assert Run.open(path).id == old.id
 
 
-def test_a_mistaken_second_write_is_refused(tmp_path):
+def test_a_mistaken_second_write_is_refused(tmp_path, begin, frame):
     with begin(tmp_path / "run") as out:
-        out.table("scores/a", FRAME)
+        out.table("scores/a", frame)
         with pytest.raises(RequestError, match=r"scores/a .* written twice"):
-            out.table("scores/a", FRAME)
+            out.table("scores/a", frame)
         out.done("a")
         with pytest.raises(RequestError, match="written twice"):
-            out.table("scores/a", FRAME)
+            out.table("scores/a", frame)
         with pytest.raises(RequestError, match=r"'a' .* done twice"):
             out.done("a")
 
 
-def test_a_part_from_before_the_interruption_is_replaced_in_its_place(tmp_path):
+def test_a_part_from_before_the_interruption_is_replaced_in_its_place(tmp_path, begin, interrupted, frame):
     interrupted(tmp_path / "run")
     with begin(tmp_path / "run") as out:
-        out.table("scores/b", FRAME.assign(layer=2))
-        out.table("scores/a", FRAME.assign(layer=1))
+        out.table("scores/b", frame.assign(layer=2))
+        out.table("scores/a", frame.assign(layer=1))
         out.done("a")
     with begin(tmp_path / "run") as out:
         run = out.finish()
@@ -249,14 +230,14 @@ def test_a_part_from_before_the_interruption_is_replaced_in_its_place(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "Scores", "../scores", "a b", "a.b", "1a", "é", "x" * 65])
-def test_names_that_are_no_file_names_are_refused(tmp_path, name):
+def test_names_that_are_no_file_names_are_refused(tmp_path, name, begin, frame):
     with begin(tmp_path / "run") as out, pytest.raises(RequestError, match="cannot name a table"):
-        out.table(name, FRAME)
+        out.table(name, frame)
     with pytest.raises(RequestError, match="cannot name a kind"):
         RunWriter.open(tmp_path / "run", kind=name, title="", fingerprint={})
 
 
-def test_what_json_cannot_hold_is_refused_by_name(tmp_path):
+def test_what_json_cannot_hold_is_refused_by_name(tmp_path, begin):
     @dataclass(frozen=True)
     class Certificate:
         passed: bool
@@ -282,9 +263,9 @@ def test_what_json_cannot_hold_is_refused_by_name(tmp_path):
         begin(tmp_path / "other", {"x": {1}})
 
 
-def test_a_closed_writer_writes_nothing(tmp_path):
+def test_a_closed_writer_writes_nothing(tmp_path, begin, frame):
     with begin(tmp_path / "run") as out:
         out.finish()
-        for act in (out.finish, lambda: out.done("a"), lambda: out.table("scores", FRAME)):
+        for act in (out.finish, lambda: out.done("a"), lambda: out.table("scores", frame)):
             with pytest.raises(RunError, match="is closed"):
                 act()
