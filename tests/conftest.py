@@ -45,6 +45,14 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture
+def unchecked_signatures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls as outside of tests, where nobody checks annotations: for what a user may pass against them."""
+    from jaxtyping import config
+
+    monkeypatch.setattr(config, "jaxtyping_disable", True)
+
+
 @pytest.fixture(scope="session")
 def trained():
     """The induction toy, trained once a session: a seed where one previous-token head does the work alone."""

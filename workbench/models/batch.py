@@ -7,8 +7,9 @@ and every statistic over its positions, relies on.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -56,15 +57,15 @@ class Batch:
         """Pad lists of token ids to the longest."""
         if side not in ("left", "right"):
             raise RequestError(f"side={side!r} is no padding side; choose 'left' or 'right'.")
-        empty = [index for index, row in enumerate(rows) if len(row) == 0]
-        if empty:
-            raise RequestError(f"Prompt {empty[0]} has no tokens; each prompt needs at least one.")
-        longest = max((len(row) for row in rows), default=0)
+        if are_texts(rows):
+            raise RequestError(f"{rows[0]!r} is a text, not a list of token ids; make a batch by model.batch([...]).")
+        prompts = [_token_ids(index, row) for index, row in enumerate(rows)]
+        longest = max(len(row) for row in prompts)
         ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
         mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-        for index, row in enumerate(rows):
+        for index, row in enumerate(prompts):
             place = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
-            ids[index, place] = torch.tensor(row, dtype=torch.long)
+            ids[index, place] = row.to(ids)
             mask[index, place] = True
         return cls(ids, mask, None if texts is None else tuple(texts))
 
@@ -119,3 +120,48 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         return replace(self, ids=self.ids.to(device), mask=self.mask.to(device))
+
+
+def are_texts(prompts: Any) -> bool:
+    """Whether a list of prompts is one of texts or one of lists of token ids; refuses what is neither."""
+    if isinstance(prompts, Mapping):
+        raise RequestError(
+            f"A {type(prompts).__name__} is no list of prompts; give its token ids: prompts['input_ids'], "
+            "or the texts themselves."
+        )
+    if isinstance(prompts, str | bytes) or not hasattr(prompts, "__len__") or not hasattr(prompts, "__getitem__"):
+        raise RequestError(
+            f"{_short(prompts)} is no list of prompts; give a list of texts, e.g. ['The grey heron'], of token ids, "
+            "e.g. [[5, 6, 7]], or a Batch."
+        )
+    if not len(prompts):
+        raise RequestError("No prompts were given; a batch needs at least one prompt, a text or a list of token ids.")
+    texts = [isinstance(prompt, str) for prompt in prompts]
+    if any(texts) and not all(texts):
+        wrong = texts.index(not texts[0])
+        raise RequestError(
+            f"Prompt {wrong} ({_short(prompts[wrong])}) is {'a' if texts[wrong] else 'no'} text, unlike those before "
+            "it; give texts alone, or lists of token ids alone."
+        )
+    return all(texts)
+
+
+def _token_ids(index: int, row: Any) -> Int[Tensor, " token"]:
+    """One prompt's ids as a tensor; refuses what is no flat list of whole numbers."""
+    try:
+        found = torch.as_tensor(row) if not isinstance(row, bytes) else None
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        found = None
+    if found is not None and found.ndim == 1 and not len(found):
+        raise RequestError(f"Prompt {index} has no tokens; each prompt needs at least one.")
+    if found is None or found.ndim != 1 or found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise RequestError(
+            f"Prompt {index} ({_short(row)}) is no list of token ids; give whole numbers, in a list for each prompt: "
+            "[[5, 6, 7]]."
+        )
+    return found.to(torch.long)
+
+
+def _short(value: object) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 40 else f"{text[:37]}..."

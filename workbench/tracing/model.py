@@ -13,6 +13,7 @@ from torch import Tensor
 
 from workbench.errors import RequestError
 from workbench.models import Attachment, Batch, Certificate, Head, Spec, attach_model
+from workbench.models.batch import are_texts
 from workbench.models.loading import Source, resolve
 from workbench.models.memory import BodyCost, Prediction, free_memory, measure_body
 from workbench.tracing.edits import Ablation, Edit, listed
@@ -70,14 +71,12 @@ class Model:
         if isinstance(prompts, Batch):
             return prompts
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        if not len(prompts):
-            raise RequestError("No prompts were given.")
-        if not isinstance(prompts[0], str):
+        if not are_texts(prompts):
             return Batch.from_ids(prompts)  # type: ignore[arg-type]
         if self.tokenizer is None:
             raise RequestError("This model came without a tokenizer; pass token ids, or load it with one.")
         rows = [self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"] for text in prompts]
-        empty = [index for index, row in enumerate(rows) if not row]
+        empty = [index for index, row in enumerate(rows) if not len(row)]
         if empty:
             raise RequestError(f"Prompt {empty[0]} ({prompts[empty[0]]!r}) has no tokens; give it some text.")
         return Batch.from_ids(rows, texts=prompts)  # type: ignore[arg-type]

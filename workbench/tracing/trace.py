@@ -45,9 +45,22 @@ class Trace:
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.values:
-            known = ", ".join(self.values) or "none"
-            raise RequestError(f"No statistic {name!r} in this trace; it has {known}.")
+            raise RequestError(self._no_statistic(name))
         return self.values[name]
+
+    def _no_statistic(self, name: str) -> str:
+        try:
+            site, layer = parse_site(name)
+        except (RequestError, TypeError):
+            known = ", ".join(self.values) or "none"
+            return f"No statistic {name!r} in this trace; it has {known}."
+        held = [at for kind, at in sorted(self.sites) if kind == site and layer in (None, at)]
+        if held:
+            return f"{name!r} is a captured site, not a statistic; read it with .site({site!r}, {held[0]})."
+        return (
+            f"{name!r} is a site, not a statistic, and was not captured; trace with sites=[{name!r}], then read it "
+            f"with .site({site!r}, {0 if layer is None else layer})."
+        )
 
     def site(self, site: str, layer: int | None = None) -> Shaped[Tensor, ...]:
         """The captured value of a site, e.g. `site("z", 5)` or `site("blocks.5.attn.hook_z")`."""
