@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -26,13 +27,36 @@ def elsewhere(tmp_path, monkeypatch):
         (["heads", "nothing", "--detectors", "sink,inductoin"], "Did you mean 'induction'?"),
         (["verify", "nothing", "--detector", "sinc"], "Did you mean 'sink'?"),
         (["verify", "nothing"], "either --heads L18H6,L17H3 or --detector induction"),
-        (["verify", "nothing", "--heads", "L0H0", "--detector", "sink"], "either --heads"),
+        (
+            ["verify", "nothing", "--heads", "L0H0", "--detector", "sink"],
+            "Both --heads ('L0H0') and --detector ('sink') were given; leave one of them out.",
+        ),
+        (["verify", "nothing", "--heads", "L0H0,L18"], "'L18' names no head"),
+        (["verify", "nothing", "--heads", ","], "--heads ',' names nothing"),
+        (["heads", "nothing", "--detectors", ""], "--detectors '' names nothing"),
         (["trace", "nothing"], "either --prompt"),
+        (
+            ["trace", "nothing", "--prompt", "a", "--file", "b.txt"],
+            "Both --prompt ('a') and --file ('b.txt') were given; leave one of them out.",
+        ),
+        (["trace", "nothing", "--prompt", ""], "--prompt '': the text is empty"),
+        (["trace", "nothing", "--file", "."], "--file .: Is a directory"),
         (["trace", "nothing", "--file", "absent.txt"], "--file absent.txt: No such file"),
         (["trace", "nothing", "--prompt", "a", "--statistics", "entropi"], "Did you mean 'entropy'?"),
         (["trace", "nothing", "--prompt", "a", "--statistics", "first_0"], "must be 1 or more"),
         (["trace", "nothing", "--prompt", "a", "--statistics", "offset_3"], "offsets go backwards"),
+        (["trace", "nothing", "--prompt", "a", "--statistics", "lse,lse"], "'lse' is asked for twice"),
         (["trace", "nothing", "--prompt", "a", "--by", "lse"], "--by lse is not among"),
+        (["trace", "nothing", "--prompt", "a", "--by", "entropi"], "Did you mean 'entropy'?"),
+        (
+            ["trace", "nothing", "--prompt", "a", "--statistics", "argmax,lse", "--by", "argmax"],
+            "--by argmax: this statistic holds keys (which token, not how much), so it cannot rank heads; rank by lse.",
+        ),
+        (["trace", "nothing", "--prompt", "a", "--by", "argmax"], "holds keys"),
+        (
+            ["trace", "nothing", "--prompt", "a", "--statistics", "top_k_2", "--by", "top_k_mass"],
+            "holds several numbers for each position, so it cannot rank heads; ask for one that can, such as entropy.",
+        ),
         (["models", "check", "smollm2", "--tokens", "many"], "give lengths"),
         (["report", "nothing"], "there is no run at"),
         (["runs", "show", "nothing"], "there is no run at"),
@@ -73,6 +97,82 @@ def test_a_model_that_cannot_be_reproduced_is_refused_by_name(call, tmp_path):
     assert "'bert' (not causal) is not supported" in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--heads", "L1H0,L9H0"], "L9H0 does not exist: layers run from 0 to 2."),
+        (["--heads", "L1H4"], "L1H4 does not exist: heads of layer 1 run from 0 to 3."),
+        (["--heads", ",".join(f"L{n // 4}H{n % 4}" for n in range(7))], "7 heads of 12 leave too few others"),
+        (["--detector", "induction", "--k", "7"], "k=7 of 12 heads leave too few others"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_its_weights_are_read(
+    call, model_folder, tmp_path, arguments, says
+):
+    # Without weights: loading it would be the error.
+    (tmp_path / "model").mkdir()
+    shutil.copy(f"{model_folder}/config.json", tmp_path / "model")
+    refused(call("verify", "model", *arguments), says)
+
+
+def test_what_does_not_fit_is_refused_after_loading_where_only_that_can_tell(call, model_folder, monkeypatch):
+    from workbench.models import loading
+
+    monkeypatch.setattr(loading, "stated_heads", lambda name: None)
+    for arguments, says in (
+        (["--heads", "L9H0"], "L9H0 does not exist"),
+        (["--detector", "induction", "--k", "7"], "k=7 of 12"),
+    ):
+        result = call("verify", model_folder, *arguments)
+        assert result.exit_code == 2
+        assert says in result.stderr.splitlines()[-1]
+        assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ("{", "config.json is not valid JSON (Expecting property name"),
+        ("[]", "config.json names no model_type"),
+        (None, "is no model folder: it has no config.json"),
+    ],
+)
+def test_a_folder_that_holds_no_model_is_named_with_the_next_step(call, tmp_path, config, says):
+    (tmp_path / "other").mkdir()
+    if config is not None:
+        (tmp_path / "other" / "config.json").write_text(config)
+    for command in (["models", "check"], ["verify", "--heads", "L0H0"]):
+        result = call(*command, "other")
+        assert result.exit_code == 2
+        assert says in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_a_model_without_a_name_is_refused(call, name):
+    result = call("models", "check", name)
+    assert result.exit_code == 2
+    assert f"The name of the model is empty ({name!r}). Give a path, a name on the hub" in result.stderr
+
+
+def test_a_device_that_is_not_there_is_refused(call, model_folder):
+    result = call("models", "check", model_folder, "--device", "cuda:99")
+    assert result.exit_code == 2
+    assert "device='cuda:99' is not on this machine; use 'cpu'" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_a_place_that_is_no_run_is_left_alone_before_any_work(call, tmp_path, overwrite):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").write_text("")
+    for options in (["heads"], ["trace", "--prompt", "a"], ["verify", "--heads", "L0H0"]):
+        command = [*options, "nothing"]
+        for place in ("file", "folder"):
+            refused(call(*command, "--out", place, *overwrite), f"{place} exists and is not a run, so it is left alone")
+        refused(call(*command, "--out", "file/run", *overwrite), "file is no folder that you may write to")
+    refused(call("demo", "--out", "file", *overwrite), "file exists and is not a run")
+
+
 def test_a_head_that_the_model_lacks_is_refused(call, model_folder):
     result = call("verify", model_folder, "--heads", "L1H0,L9H0")
     assert result.exit_code == 2
@@ -100,15 +200,14 @@ def test_a_run_is_not_replaced_unasked(call, heads_run, model_folder):
 
 
 def test_a_damaged_run_is_named(call, heads_run, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(heads_run, copy)
     table = copy / "tables" / "head_scores.parquet"
     content = bytearray(table.read_bytes())
     content[100] ^= 1
     table.write_bytes(bytes(content))
-    refused(call("runs", "show", copy), "damaged", "head_scores")
+    refused(call("runs", "show", copy), "damaged", "tables/head_scores differs from its checksum", "make it again")
+    refused(call("report", copy), "damaged", "tables/head_scores differs from its checksum")
 
 
 @pytest.mark.parametrize("arguments", [["--debug", "runs", "list", "none"], ["runs", "list", "none", "--debug"]])

@@ -59,7 +59,7 @@ def test_a_misspelt_command_is_answered_with_the_nearest(call):
 
 
 def test_names_in_the_help_are_those_that_exist():
-    from workbench.cli.heads import DETECTOR_NAMES
+    from workbench.cli.options import DETECTOR_NAMES
     from workbench.cli.verify import HowName, ProbeName
     from workbench.heads import DETECTORS
     from workbench.heads.probes import _BUILDERS

@@ -21,7 +21,7 @@ from workbench.dynamics.handwritten import handwritten_induction
 from workbench.errors import MissingExtra, ModelRefused, RequestError, SourceError
 from workbench.models import loading, smollm2
 from workbench.models.checkpoints import hash_files, hash_parameters
-from workbench.models.loading import Loaded, Source, resolve
+from workbench.models.loading import Loaded, Source, resolve, stated_heads
 from workbench.models.testing import TINY
 
 IDS = torch.tensor([[1, 5, 9, 9, 30]])
@@ -153,7 +153,7 @@ def test_weights_of_another_model_are_refused(folder: Path) -> None:
 
 
 def test_what_is_no_model_folder_says_so(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(SourceError, match=r"config\.json is missing"):
+    with pytest.raises(SourceError, match=r"it has no config\.json"):
         resolve(tmp_path)
     with pytest.raises(SourceError, match="neither a folder nor a GGUF file"):
         resolve(folder / "config.json")
@@ -190,6 +190,21 @@ def test_a_name_on_the_hub_that_cannot_be_fetched(hub: str) -> None:
         resolve(hub, revision="v2")
 
 
+def test_heads_are_known_before_weights_are_read(folder: Path, tmp_path: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    assert stated_heads(folder) == stated_heads(str(folder)) == (6, 6, 6)
+    TINY["gpt2"]().config.save_pretrained(tmp_path / "gpt2")
+    assert stated_heads(tmp_path / "gpt2") == (4, 4, 4)
+    (folder / "config.json").write_text('{"model_type": "odd"}', encoding="utf-8")
+    for name in (folder, tmp_path, tmp_path / "x.gguf", "someone/else", "", "gpt2"):
+        assert stated_heads(name) is None
+
+
+def test_heads_of_a_cached_name_are_known(hub: str) -> None:
+    assert stated_heads(hub) == (6, 6, 6)
+
+
 @pytest.mark.parametrize("name", ["smollm2-135", "SmolLM2-135M", "smolm2-135m"])
 def test_a_near_miss_of_a_built_in_name(name: str) -> None:
     with pytest.raises(SourceError, match=r"Did you mean 'smollm2-135m'\?"):
@@ -199,6 +214,9 @@ def test_a_near_miss_of_a_built_in_name(name: str) -> None:
 def test_names_that_mean_nothing() -> None:
     with pytest.raises(SourceError, match=r"'gpt2' is neither a folder.* 'organisation/name'"):
         resolve("gpt2")
+    for empty in ("", "  "):
+        with pytest.raises(SourceError, match="The name of the model is empty"):
+            resolve(empty)
     with pytest.raises(SourceError, match="There is no file"):
         resolve("nowhere/model.gguf")
     with pytest.raises(SourceError, match="neither a folder"):

@@ -6,13 +6,11 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
+from workbench.cli.options import DtypeName
 from workbench.cli.progress import display
 from workbench.cli.session import Session, listening
 
@@ -23,39 +21,8 @@ if TYPE_CHECKING:
 _LOADING_LOGGER = "workbench.models"
 
 
-class Dtype(StrEnum):
-    """Types that weights can be held in."""
-
-    float32 = "float32"
-    float64 = "float64"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="smollm2-135m, a name on the hub (organisation/name), a local folder, or a GGUF file.",
-    ),
-]
-DtypeOption = Annotated[Dtype | None, typer.Option(help="Type of the weights. [default: float32, bfloat16 on CUDA]")]
-DeviceOption = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Device of torch, e.g. cpu or cuda:1. [default: CUDA where there is one]"),
-]
-OutOption = Annotated[
-    Path | None,
-    typer.Option(metavar="RUN", help="Folder of the run. [default: runs/COMMAND-MODEL-DIGITS, by the arguments]"),
-]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace a finished run, drop an interrupted one that differs.")
-]
-SeedOption = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of prompts, resampling and random controls.")]
-
-
 @contextmanager
-def attached(session: Session, name: str, dtype: Dtype | None, device: str | None) -> Iterator[Model]:
+def attached(session: Session, name: str, dtype: DtypeName | None, device: str | None) -> Iterator[Model]:
     """Load and certify a model; what takes time says so."""
     with display(session.err) as shown:
         shown.step("model", name, kept=False)
@@ -85,13 +52,6 @@ def default_run(command: str, model: str, *arguments: object) -> Path:
     slug = re.sub(r"[^a-z0-9.]+", "-", Path(model).name.lower()).strip("-.") or "model"
     digits = sha256(repr((model, *arguments)).encode()).hexdigest()[:6]
     return Path("runs") / f"{command}-{slug}-{digits}"
-
-
-def names(text: str | None) -> tuple[str, ...] | None:
-    """`a,b` as a tuple; None stays."""
-    if text is None:
-        return None
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def count_steps(settings: SurveySettings) -> int:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from workbench.cli.attached import OverwriteOption, attached, count_steps, predicted_peak
+from workbench.cli import options
+from workbench.cli.attached import attached, count_steps, predicted_peak
 from workbench.cli.progress import display
 from workbench.cli.session import Command, Session, current_session
 from workbench.cli.tables import LEADING, show_certificate, show_findings
@@ -30,8 +31,8 @@ def demo(
     out: Annotated[
         Path, typer.Option(metavar="RUN", help="Folder of the run; the report is written beside it.")
     ] = Path("runs/demo"),
-    open_report: Annotated[bool, typer.Option("--open/--no-open", help="Show the report in the browser.")] = False,
-    overwrite: OverwriteOption = False,
+    open_report: options.Open = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Find and test the heads of SmolLM2-135M; a few minutes, one report."""
     session = current_session()
@@ -67,7 +68,7 @@ def _finished(path: Path) -> Run | None:
 
 
 def _analyse(session: Session, out: Path, overwrite: bool) -> Run:
-    session.run = out
+    session.writes(out, overwrite=overwrite)
     with attached(session, MODEL, None, None) as model:
         show_certificate(session, model.certificate.as_dict())
         from workbench.studies import SurveySettings, survey

@@ -7,19 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from workbench.cli.attached import (
-    DeviceOption,
-    DtypeOption,
-    ModelArgument,
-    OutOption,
-    OverwriteOption,
-    SeedOption,
-    attached,
-    count_steps,
-    default_run,
-    names,
-    predicted_peak,
-)
+from workbench.cli import options
+from workbench.cli.attached import attached, count_steps, default_run, predicted_peak
 from workbench.cli.progress import display
 from workbench.cli.session import Command, Session, current_session
 from workbench.cli.tables import show_findings
@@ -31,12 +20,6 @@ if TYPE_CHECKING:
     from workbench.studies import SurveySettings
     from workbench.tracing import Model
 
-# Stated here as well, so that `--help` need not import them; a test compares.
-DETECTOR_NAMES = (
-    *("sink", "first_token", "entropy", "active_dormant", "previous_token", "duplicate_token", "induction"),
-    *("echo", "retrieval", "copy_mass", "retrieval_greedy"),
-)
-
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -44,24 +27,24 @@ def register(app: typer.Typer) -> None:
 
 
 def heads(
-    model: ModelArgument,
+    model: options.Model,
     detectors: Annotated[
         str | None,
-        typer.Option(metavar="A,B", help=f"Detectors: {', '.join(DETECTOR_NAMES)}. [default: all]"),
+        typer.Option(metavar="A,B", help=f"Detectors: {', '.join(options.DETECTOR_NAMES)}. [default: all]"),
     ] = None,
     prompts: Annotated[
         int | None,
         typer.Option(min=2, help="Texts of each domain, and repeated sequences. [default: 50 texts, 10 sequences]"),
     ] = None,
-    seed: SeedOption = 0,
-    out: OutOption = None,
-    overwrite: OverwriteOption = False,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
+    seed: options.Seed = 0,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
 ) -> None:
     """Score every head of a model by detectors, without ablation."""
     session = current_session()
-    chosen = names(detectors)
+    chosen = options.names("--detectors", detectors, "sink,induction")
     path = out or default_run("heads", model, chosen, prompts, seed, dtype, device)
     session.writes(path, overwrite=overwrite)
     with session.err.status("importing"):
@@ -85,6 +68,7 @@ def surveyed(session: Session, model: Model, path: Path, settings: SurveySetting
     """Run a survey under a display, the predicted memory first."""
     from workbench.studies import survey
 
+    settings.check(len(model.spec.heads()))
     session.say(predicted_peak(model, settings))
     with display(session.err, count_steps(settings)) as shown:
         return survey(

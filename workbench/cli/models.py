@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from workbench.cli.attached import DeviceOption, DtypeOption, ModelArgument, attached
+from workbench.cli import options
+from workbench.cli.attached import attached
 from workbench.cli.session import Command, Session, current_session
 from workbench.cli.tables import show_certificate, show_facts, show_table, table
 
@@ -20,9 +21,9 @@ app = typer.Typer(no_args_is_help=True, help="What can be attached, and the cert
 
 @app.command(name="check", cls=Command)
 def check(
-    model: ModelArgument,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
+    model: options.Model,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
     tokens: Annotated[
         str, typer.Option(metavar="N,M", help="Lengths to predict the memory of a trace for.")
     ] = ",".join(map(str, LENGTHS)),

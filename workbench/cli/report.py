@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from workbench.cli import options
 from workbench.cli.demo import report_path, write
 from workbench.cli.session import Command, current_session
 
@@ -18,11 +19,11 @@ def register(app: typer.Typer) -> None:
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    run: options.Run,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The HTML file to write. [default: RUN.html]")
     ] = None,
-    open_report: Annotated[bool, typer.Option("--open/--no-open", help="Show the report in the browser.")] = False,
+    open_report: options.Open = False,
 ) -> None:
     """Write a run as one HTML file that needs no network."""
     session = current_session()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from workbench.cli.session import Command, Session, current_session
+from workbench.cli import options
 from workbench.cli.tables import estimate, plain, show_certificate, show_facts, show_findings, show_table, table
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from workbench.runs import Run
 
 app = typer.Typer(no_args_is_help=True, help="List, show and compare runs.")
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
 
 
 @app.command(name="list", cls=Command)
@@ -49,7 +49,7 @@ def show_list(
 
 @app.command(name="show", cls=Command)
 def show(
-    run: RunArgument,
+    run: options.Run,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON instead.")] = False,
 ) -> None:
     """Show what a run holds and what it found; every checksum is compared."""

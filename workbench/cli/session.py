@@ -67,10 +67,18 @@ class Session:
 
     def writes(self, path: Path, *, overwrite: bool) -> Path:
         """Note where this command writes its run; refuse a place that holds one before any work is done."""
-        if not overwrite and (path / "manifest.json").is_file():
+        held = (path / "manifest.json").is_file()
+        if held and not overwrite:
             raise RunError(
                 f"{path} already holds a run; `{shlex.join(['workbench', 'runs', 'show', str(path)])}` "
                 "prints what it found. Choose another path (--out), or make it again (--overwrite)."
+            )
+        if path.is_file() or (not held and path.is_dir() and any(path.iterdir())):
+            raise RunError(f"{path} exists and is not a run, so it is left alone; choose another path (--out).")
+        place = next(parent for parent in path.absolute().parents if parent.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise RunError(
+                f"{path} cannot be written: {place} is no folder that you may write to; choose another path (--out)."
             )
         self.run = path
         return path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,15 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from workbench.cli.attached import (
-    DeviceOption,
-    DtypeOption,
-    ModelArgument,
-    OutOption,
-    OverwriteOption,
-    attached,
-    default_run,
-)
+from workbench.cli import options
+from workbench.cli.attached import attached, default_run
 from workbench.cli.heads import tell_run
 from workbench.cli.progress import display
 from workbench.cli.session import Command, Session, current_session
@@ -49,7 +42,7 @@ def register(app: typer.Typer) -> None:
 
 
 def trace(
-    model: ModelArgument,
+    model: options.Model,
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The text.")] = None,
     file: Annotated[str | None, typer.Option(metavar="F", help="A file of UTF-8 text; - for standard input.")] = None,
     statistics: Annotated[
@@ -63,31 +56,28 @@ def trace(
     by: Annotated[
         str | None, typer.Option(metavar="NAME", help="The statistic that ranks them. [default: the first]")
     ] = None,
-    out: OutOption = None,
-    overwrite: OverwriteOption = False,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
 ) -> None:
     """Measure statistics of every head on one text, in one forward pass."""
     session = current_session()
-    if (prompt is None) == (file is None):
-        raise RequestError("Say what to read: either --prompt 'some text' or --file notes.txt.")
-    text = prompt if prompt is not None else _read(file or "")
+    options.one_of("--prompt 'some text'", prompt, "--file notes.txt", file, "what to read")
+    text = _text(prompt, file)
     path = out or default_run("trace", model, text, statistics, dtype, device)
     session.writes(path, overwrite=overwrite)
     with session.err.status("importing"):
         wanted = parse_statistics(statistics)
-    ranked = [statistic.name for statistic in wanted if not statistic.integer]
-    if by is not None and by not in ranked:
-        raise RequestError(f"--by {by} is not among the statistics asked for: {', '.join(ranked) or 'none'}.")
+    ranked = ranking(wanted, by)
     with attached(session, model, dtype, device) as loaded:
         batch = loaded.batch(text)
         _tell_prediction(session, loaded, batch, wanted)
         run = _trace(session, loaded, batch, wanted, path, overwrite)
     means = run.table("statistic_means")
-    if len(means):
+    if ranked is not None:
         _show_layers(session, means)
-        _show_top(session, means, by or ranked[0], top)
+        _show_top(session, means, ranked, top)
     tell_run(session, path)
 
 
@@ -111,7 +101,26 @@ def parse_statistics(text: str) -> list[Statistic]:
                 f"{', '.join(SIZED_STATISTICS)} (first_4, offset_-1)."
             )
         found += made if isinstance(made, tuple) else [made]
+    called = [statistic.name for statistic in found]
+    twice = sorted({name for name in called if called.count(name) > 1})
+    if twice:
+        raise RequestError(f"--statistics {text}: {twice[0]!r} is asked for twice; once is enough.")
     return found
+
+
+def ranking(wanted: Sequence[Statistic], by: str | None) -> str | None:
+    """The statistic that heads are ranked by, the first that can if none is named; None where none can."""
+    able = [statistic.name for statistic in wanted if not statistic.integer and statistic.columns is None]
+    if by is None or by in able:
+        return by or next(iter(able), None)
+    first = f"one of {', '.join(able)}" if len(able) > 1 else "".join(able)
+    advice = f"rank by {first}" if able else "ask for one that can, such as entropy"
+    asked = {statistic.name: statistic for statistic in wanted}
+    found = asked[by] if by in asked else parse_statistics(by)[0]
+    if found.integer or found.columns is not None:
+        held = "keys (which token, not how much)" if found.integer else "several numbers for each position"
+        raise RequestError(f"--by {by}: this statistic holds {held}, so it cannot rank heads; {advice}.")
+    raise RequestError(f"--by {by} is not among the statistics asked for; {advice}, or add {by} to --statistics.")
 
 
 def _sized(library: Any, name: str, kind: str, size: int) -> Any:
@@ -124,13 +133,19 @@ def _sized(library: Any, name: str, kind: str, size: int) -> Any:
     return getattr(library, kind)(size)
 
 
+def _text(prompt: str | None, file: str | None) -> str:
+    text = prompt if prompt is not None else _read(file or "")
+    if not text:
+        given = "--prompt ''" if file is None else f"--file {file}"
+        raise RequestError(f"{given}: the text is empty, so there is nothing to trace; give at least a word.")
+    return text
+
+
 def _read(file: str) -> str:
     try:
         return sys.stdin.read() if file == "-" else Path(file).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise RequestError(
-            f"--file {file}: byte {error.start} is not UTF-8; convert the file to UTF-8 first."
-        ) from error
+        raise RequestError(f"--file {file}: byte {error.start} is not UTF-8; convert it to UTF-8 first.") from error
     except OSError as error:
         raise RequestError(f"--file {file}: {error.strerror}; give a readable text file.") from error
 

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from workbench.cli.attached import (
-    DeviceOption,
-    DtypeOption,
-    ModelArgument,
-    OutOption,
-    OverwriteOption,
-    SeedOption,
-    attached,
-    default_run,
-    names,
-)
-from workbench.cli.heads import DETECTOR_NAMES, surveyed, tell_run
+from workbench.cli import options
+from workbench.cli.attached import attached, default_run
+from workbench.cli.heads import surveyed, tell_run
 from workbench.cli.progress import display
 from workbench.cli.session import Command, Session, current_session
 from workbench.cli.tables import show_findings
-from workbench.errors import RequestError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from workbench.heads import Probe
+    from workbench.models import Head
     from workbench.runs import Run
+    from workbench.studies import SurveySettings
     from workbench.tracing import Model
 
 # Prompts of probes are never those that found the heads.
@@ -61,11 +54,11 @@ def register(app: typer.Typer) -> None:
 
 
 def verify(
-    model: ModelArgument,
+    model: options.Model,
     heads: Annotated[str | None, typer.Option(metavar="L18H6,L17H3", help="The heads to ablate together.")] = None,
     detector: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help=f"Ablate the top heads of a detector: {', '.join(DETECTOR_NAMES)}."),
+        typer.Option(metavar="NAME", help=f"Ablate the top heads of a detector: {', '.join(options.DETECTOR_NAMES)}."),
     ] = None,
     k: Annotated[int, typer.Option(metavar="N", min=1, help="How many heads, with --detector.")] = 8,
     probe: Annotated[
@@ -74,34 +67,57 @@ def verify(
     ] = None,
     how: Annotated[HowName, typer.Option(help="What takes the place of a head's output.")] = HowName.mean,
     draws: Annotated[int, typer.Option(metavar="N", min=10, help="Random sets of heads to compare with.")] = 10,
-    seed: SeedOption = 0,
-    out: OutOption = None,
-    overwrite: OverwriteOption = False,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
+    seed: options.Seed = 0,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
 ) -> None:
     """Ablate heads and measure a task, against matched random heads."""
     session = current_session()
-    if (heads is None) == (detector is None):
-        raise RequestError("Say what to ablate: either --heads L18H6,L17H3 or --detector induction.")
+    options.one_of("--heads L18H6,L17H3", heads, "--detector induction", detector, "what to ablate")
+    named = options.names("--heads", heads, "L18H6,L17H3") or ()
     path = out or default_run("verify", model, heads, detector, k, probe, how.value, draws, seed, dtype, device)
     session.writes(path, overwrite=overwrite)
-    if detector is not None:
-        settings = _settings(detector, k, probe, how, draws, seed)
-        with attached(session, model, dtype, device) as loaded:
+    with session.err.status("importing"):
+        session.silence_transformers()
+        chosen = _parsed(named)
+        settings = None if detector is None else _settings(detector, k, probe, how, draws, seed)
+        _check_fit(model, chosen, settings)
+    with attached(session, model, dtype, device) as loaded:
+        if settings is not None:
             run = surveyed(session, loaded, path, settings, "verify", overwrite)
-    else:
-        asked = {
-            "heads": list(names(heads) or ()), "probe": (probe or ProbeName.induction).value, "how": how.value,
-            "draws": draws, "seed": seed,
-        }  # fmt: skip
-        with attached(session, model, dtype, device) as loaded:
+        else:
+            asked = {
+                "heads": [str(head) for head in chosen], "probe": (probe or ProbeName.induction).value,
+                "how": how.value, "draws": draws, "seed": seed,
+            }  # fmt: skip
             run = _verify_heads(session, loaded, path, asked, overwrite)
     show_findings(session, run)
     tell_run(session, path)
 
 
-def _settings(detector: str, k: int, probe: ProbeName | None, how: HowName, draws: int, seed: int) -> Any:
+def _parsed(named: Sequence[str]) -> list[Head]:
+    from workbench.models import Head
+
+    return list(dict.fromkeys(Head.parse(text) for text in named))
+
+
+def _check_fit(model: str, chosen: Sequence[Head], settings: SurveySettings | None) -> None:
+    """Refuse heads that the model lacks before its weights are read, where its config.json is at hand."""
+    from workbench.heads.verification import check_heads
+    from workbench.models.loading import stated_heads
+
+    layers = stated_heads(model)
+    if layers is None:
+        return
+    if settings is not None:
+        settings.check(sum(layers))
+    else:
+        check_heads(layers, chosen)
+
+
+def _settings(detector: str, k: int, probe: ProbeName | None, how: HowName, draws: int, seed: int) -> SurveySettings:
     """A survey of one detector and the test of its claim."""
     from workbench.heads import ProbeSettings, Settings
     from workbench.heads.detection import choose
@@ -124,12 +140,13 @@ def _verify_heads(session: Session, model: Model, path: Path, asked: dict[str, A
     """Test a given set of heads; the run holds the table and the random draws."""
     from workbench.heads import ProbeSettings, build_probe
     from workbench.heads import verify as verify_heads
+    from workbench.heads.verification import check_heads
     from workbench.models import Head
     from workbench.runs import RunWriter, environment
     from workbench.studies.survey import model_facts
 
-    chosen = [model.spec.check(Head.parse(text)) for text in asked["heads"]]
-    settings = asked | {"heads": [str(head) for head in chosen]}
+    chosen = [Head.parse(text) for text in asked["heads"]]
+    check_heads([layer.heads for layer in model.spec.layers], chosen)
     with display(session.err, 2) as shown:
         shown.step("prompts", f"of the probe {asked['probe']}", kept=False)
         probe = build_probe(asked["probe"], model, ProbeSettings(seed=PROBE_SEED + asked["seed"]))
@@ -137,8 +154,8 @@ def _verify_heads(session: Session, model: Model, path: Path, asked: dict[str, A
         with RunWriter.open(
             path,
             kind="verify",
-            title=f"Ablation of {', '.join(settings['heads'])} in {model.source.name}",
-            fingerprint={"model": facts, "settings": settings, "kind": "verify"},
+            title=f"Ablation of {', '.join(asked['heads'])} in {model.source.name}",
+            fingerprint={"model": facts, "settings": asked, "kind": "verify"},
             overwrite=overwrite,
             command=session.command,
         ) as writer:
@@ -146,7 +163,7 @@ def _verify_heads(session: Session, model: Model, path: Path, asked: dict[str, A
                 "model": facts | {"special_tokens": probe.tasks[0].specials},
                 "certificate": model.certificate.as_dict(),
                 "environment": environment(),
-                "settings": settings,
+                "settings": asked,
                 "prompts": _prompts(probe),
             }
             shown.step("verify", f"{len(chosen)} heads against {asked['draws']} matched random sets", kept=False)

@@ -25,6 +25,7 @@ from workbench.heads.detector import Array
 from workbench.heads.inference import Better, bootstrap_mean, paired_p, q_values
 from workbench.heads.probes import Probe, ProbeSettings, build_probe
 from workbench.models import Batch, Head, Spec
+from workbench.models.spec import check_head
 from workbench.tasks import Metric, TextMetric
 from workbench.tracing import Model, ablate
 from workbench.tracing.edits import Ablation, How
@@ -69,10 +70,7 @@ def matched_heads(spec: Spec, heads: Sequence[Head], rng: np.random.Generator) -
         layer.index: [Head(layer.index, h) for h in range(layer.heads) if Head(layer.index, h) not in taken]
         for layer in spec.layers
     }
-    if sum(len(pool) for pool in free.values()) < len(taken):
-        raise RequestError(
-            f"{len(taken)} heads of {len(spec.heads())} leave too few others to compare with; test fewer."
-        )
+    _check_count(len(taken), len(spec.heads()))
     drawn: list[Head] = []
     for head in sorted(taken):
         nearest = min(
@@ -80,6 +78,20 @@ def matched_heads(spec: Spec, heads: Sequence[Head], rng: np.random.Generator) -
         )
         drawn.append(free[nearest].pop(int(rng.integers(len(free[nearest])))))
     return tuple(sorted(drawn))
+
+
+def check_heads(layers: Sequence[int], heads: Sequence[Head]) -> None:
+    """Refuse heads that a model with so many in its `layers` lacks, and so many that none are left to compare with."""
+    if not heads:
+        raise RequestError("No heads were given; name some, e.g. ['L18H6'].")
+    for head in heads:
+        check_head(head, layers)
+    _check_count(len(set(heads)), sum(layers))
+
+
+def _check_count(count: int, heads: int) -> None:
+    if 2 * count > heads:
+        raise RequestError(f"{count} heads of {heads} leave too few others to compare with; test fewer.")
 
 
 def _controls(spec: Spec, heads: Sequence[Head], draws: int, rng: np.random.Generator) -> list[tuple[Head, ...]]:
@@ -121,8 +133,7 @@ def verify_claim(
 
     `baseline` is what `claim.probe.measure(model)` gives, if that is known already.
     """
-    if draws < MIN_DRAWS:
-        raise RequestError(f"draws = {draws}: fewer than {MIN_DRAWS} random controls say too little.")
+    _check_draws(draws)
     rng = np.random.default_rng(seed)
     sets = [claim.heads, *_controls(model.spec, claim.heads, draws, rng)]
     intact = claim.probe.measure(model) if baseline is None else baseline
@@ -164,17 +175,20 @@ def verify(
     `reference` prompts serve `mean` and `resample`; prose and code by default, or the probe's own prompts where the
     model has no tokenizer.
     """
-    chosen = tuple(Head.parse(head) if isinstance(head, str) else Head(*head) for head in heads)
-    if not chosen:
-        raise RequestError("No heads were given; name some, e.g. ['L18H6'].")
-    for head in chosen:
-        model.spec.check(head)
+    chosen = tuple(dict.fromkeys(Head.parse(head) if isinstance(head, str) else Head(*head) for head in heads))
+    check_heads([layer.heads for layer in model.spec.layers], chosen)
+    _check_draws(draws)
     settings = ProbeSettings()
     made = build_probe(probe, model, settings) if isinstance(probe, str) else probe
     if reference is None:
         reference = (build_probe("held_out", model, settings) if model.tokenizer is not None else made).tasks[0].batch
     ablator = Ablator.prepare(model, how, reference)
     return verify_claim(model, Claim("chosen", chosen, made), ablator, draws=draws, seed=seed, progress=progress)
+
+
+def _check_draws(draws: int) -> None:
+    if draws < MIN_DRAWS:
+        raise RequestError(f"draws = {draws}: fewer than {MIN_DRAWS} random controls say too little; ask for more.")
 
 
 def _summary(

@@ -38,7 +38,7 @@ _TOKENIZER_FILES = (
     "tokenizer_config.json",
 )
 # What the readers of files raise on damaged or foreign ones.
-_LOAD_ERRORS = (
+LOAD_ERRORS = (
     OSError,
     ValueError,
     LookupError,
@@ -93,7 +93,7 @@ def load_folder(
                 attn_implementation=row.backend,
             )
             tokenizer = load_tokenizer(folder)
-        except _LOAD_ERRORS as error:
+        except LOAD_ERRORS as error:
             raise SourceError(f"The model in {folder} cannot be read: {_first_line(error)}") from error
     model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     _check_complete(folder, info)
@@ -134,7 +134,7 @@ def load_gguf(file: Path, progress: Progress | None = None) -> tuple[PreTrainedM
             raw = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **place)
             report(progress, f"reading the tokenizer of {file.name}")
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **place)
-        except _LOAD_ERRORS as error:
+        except LOAD_ERRORS as error:
             raise SourceError(f"The GGUF file {file} cannot be read: {_first_line(error)}") from error
         return _without_quantisation(raw), cast(PreTrainedTokenizerBase, tokenizer)
 
@@ -172,14 +172,7 @@ def _check_folder(folder: Path) -> Architecture:
         raise SourceError(f"There is no folder {folder}.")
     if (folder / "adapter_config.json").is_file():
         raise SourceError(f"{folder} holds an adapter; merge it into its base model and save that (merge_and_unload).")
-    try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SourceError(
-            f"{folder} is no model folder: its config.json is missing or names no model_type. Give the "
-            "folder that save_pretrained wrote, or a GGUF file."
-        ) from error
-    row = architecture_of(str(model_type))
+    row = architecture_of(_model_type(folder / "config.json"))
     if any(folder.glob("*.safetensors")):
         return row
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
@@ -190,6 +183,21 @@ def _check_folder(folder: Path) -> Architecture:
             "trust them."
         )
     raise SourceError(f"{folder} has no weights (*.safetensors).")
+
+
+def _model_type(file: Path) -> str:
+    advice = "Give the folder that save_pretrained wrote, or a GGUF file."
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(f"{file.parent} is no model folder: it has no config.json. {advice}") from None
+    except OSError as error:
+        raise SourceError(f"{file} cannot be read: {error.strerror}; make it readable.") from error
+    except ValueError as error:
+        raise SourceError(f"{file} is not valid JSON ({error}). Mend the file, or take it from a copy.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise SourceError(f"{file} names no model_type, so it is no model's configuration. {advice}")
+    return str(config["model_type"])
 
 
 def _check_complete(folder: Path, info: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -26,12 +26,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.errors import RequestError, SourceError
 from workbench.models import smollm2
 from workbench.models.architectures import architecture_of
 from workbench.models.checkpoints import (
+    LOAD_ERRORS,
     Progress,
     hash_files,
     hash_parameters,
@@ -89,6 +90,8 @@ def resolve(
     """
     if not isinstance(x, str | Path):
         return _in_memory(x, dtype, device, revision)
+    if not str(x).strip():
+        raise SourceError(f"The name of the model is empty ({str(x)!r}). {_choices('')}")
     device = _device(device)
     if revision is not None and not _is_hub_name(x):
         raise RequestError(f"revision={revision!r} is meant for names on the hub; {str(x)!r} has no revisions.")
@@ -108,6 +111,26 @@ def resolve(
     if _is_hub_name(x):
         return _from_folder(_snapshot(str(x), revision, progress), wanted, device, progress)
     raise SourceError(_unknown(str(x)))
+
+
+def stated_heads(x: str | Path) -> tuple[int, ...] | None:
+    """Heads of each layer as config.json states them, before any weights are read.
+
+    None where only loading can tell: the file is not on this machine, or is not one that can be attached.
+    """
+    folder = smollm2.cache_folder() / x if x in BUILTIN else Path(x).expanduser()
+    file: object = folder / "config.json"
+    if _is_hub_name(x):
+        file = try_to_load_from_cache(str(x), "config.json")
+    if not str(x).strip() or not isinstance(file, str | Path) or not Path(file).is_file():
+        return None
+    try:
+        config = AutoConfig.from_pretrained(Path(file).parent, trust_remote_code=False, local_files_only=True)
+        layers, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
+    except (*LOAD_ERRORS, TypeError):
+        # Loading says what is wrong.
+        return None
+    return (heads,) * layers
 
 
 def _from_folder(source: Source, dtype: torch.dtype | str, device: torch.device, progress: Progress | None) -> Loaded:
@@ -206,9 +229,15 @@ def _device(device: torch.device | str | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except RuntimeError as error:
         raise RequestError(f"device={device!r} is no device of torch; use 'cpu', 'cuda' or 'cuda:1'.") from error
+    try:
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        # Torch without CUDA says so by an assertion.
+        raise RequestError(f"device={str(device)!r} is not on this machine; use 'cpu', or leave it out.") from error
+    return found
 
 
 def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | str:

@@ -7,6 +7,7 @@ layers, and scales and head widths need not follow from the residual width.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -89,16 +90,19 @@ class Spec:
 
     def check(self, head: Head) -> Head:
         """The head itself, or `HeadError` if the model does not have it."""
-        layer, index = head
-        if not 0 <= layer < self.n_layers:
-            raise HeadError(f"{head} does not exist: layers run from 0 to {self.n_layers - 1}.")
-        if not 0 <= index < self.layers[layer].heads:
-            raise HeadError(
-                f"{head} does not exist: heads of layer {layer} run from 0 to {self.layers[layer].heads - 1}."
-            )
-        return head
+        return check_head(head, [layer.heads for layer in self.layers])
 
     def kv_head(self, head: Head) -> int:
         """Index, within its layer, of the key/value head that this query head reads."""
         self.check(head)
         return head.head // self.layers[head.layer].group
+
+
+def check_head(head: Head, heads: Sequence[int]) -> Head:
+    """The head itself, or `HeadError` if a model with so many `heads`, layer by layer, does not have it."""
+    layer, index = head
+    if not 0 <= layer < len(heads):
+        raise HeadError(f"{head} does not exist: layers run from 0 to {len(heads) - 1}.")
+    if not 0 <= index < heads[layer]:
+        raise HeadError(f"{head} does not exist: heads of layer {layer} run from 0 to {heads[layer] - 1}.")
+    return head

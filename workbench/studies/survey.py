@@ -86,6 +86,22 @@ class SurveySettings:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"seed": self.detection.seed}
 
+    def check(self, heads: int) -> list[Detector]:
+        """The detectors, once everything fits a model with so many heads; nothing has to run for that."""
+        chosen = choose(self.detectors)
+        names = {detector.name for detector in chosen}
+        for name in self.verify:
+            if name not in names:
+                known = ", ".join(sorted(names))
+                raise RequestError(f"verify names {name!r}, which is not among the detectors {known}.")
+        if self.how not in HOWS:
+            raise RequestError(f"how={self.how!r} is no ablation; choose one of {', '.join(HOWS)}.")
+        if self.k < 1 or self.top < 1:
+            raise RequestError(f"k={self.k}, top={self.top}: name at least one head.")
+        if self.verify and 2 * self.k > heads:
+            raise RequestError(f"k={self.k} of {heads} heads leave too few others to compare with; ask for fewer.")
+        return chosen
+
 
 def survey(
     model: Model,
@@ -103,7 +119,7 @@ def survey(
     Raises `RunError` if `path` holds a run already (unless `overwrite`) or part of one with other settings.
     """
     settings = settings or SurveySettings()
-    chosen = _checked(settings, len(model.spec.heads()))
+    chosen = settings.check(len(model.spec.heads()))
     fingerprint = {"model": model_facts(model), "settings": settings.as_dict(), "kind": kind}
     title = title or f"Attention heads of {model.source.name}"
     with RunWriter.open(
@@ -139,22 +155,6 @@ def model_facts(model: Model) -> dict[str, Any]:
         "vocab_size": spec.vocab_size,
         "parameters": sum(parameter.numel() for parameter in hf_model.parameters()),
     }
-
-
-def _checked(settings: SurveySettings, heads: int) -> list[Detector]:
-    """All that can be wrong is wrong before the first pass."""
-    chosen = choose(settings.detectors)
-    names = {detector.name for detector in chosen}
-    for name in settings.verify:
-        if name not in names:
-            raise RequestError(f"verify names {name!r}, which is not among the detectors {', '.join(sorted(names))}.")
-    if settings.how not in HOWS:
-        raise RequestError(f"how={settings.how!r} is no ablation; choose one of {', '.join(HOWS)}.")
-    if settings.k < 1 or settings.top < 1:
-        raise RequestError(f"k={settings.k}, top={settings.top}: name at least one head.")
-    if settings.verify and 2 * settings.k > heads:
-        raise RequestError(f"k={settings.k} of {heads} heads leave too few others to compare with; ask for fewer.")
-    return chosen
 
 
 @dataclass
