@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -158,6 +159,31 @@ def test_runs_are_listed_shown_and_compared(call, heads_run, model_folder):
     assert "Agreement" in compared
     rows = [line for line in compared.split("Largest differences")[1].splitlines() if " L" in line]
     assert len(rows) == 3
+
+
+def test_the_list_says_what_was_checked(call, heads_run, tmp_path):
+    run = tmp_path / "two words" / "run"
+    shutil.copytree(heads_run, run)
+
+    def listed(*options):
+        lines = good(call("runs", "list", run.parent, *options)).stdout.splitlines()
+        return next(line for line in lines if line.strip().startswith(str(run))).split(), lines[-1]
+
+    row, last = listed()
+    assert ("complete" in row, "sizes" in row) == (True, True)
+    assert last == (
+        f"Contents were not read; to compare them with their checksums: workbench runs list '{run.parent}' --verify"
+    )
+    row, last = listed("--verify")
+    assert ("complete" in row, "contents" in row) == (True, True)
+    assert "Contents were not read" not in last
+    table = run / "tables" / "head_scores.parquet"
+    content = bytearray(table.read_bytes())
+    content[100] ^= 1
+    table.write_bytes(bytes(content))
+    assert "sizes" in listed()[0]
+    row, _ = listed("--verify")
+    assert ("corrupt" in row, "contents" in row) == (True, True)
 
 
 def test_an_empty_folder_has_no_runs(call, tmp_path):

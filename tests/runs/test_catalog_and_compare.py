@@ -68,6 +68,17 @@ def test_list_reads_checksums_only_when_asked(tmp_path):
     assert list(list_runs(tmp_path, verify=True)["status"]) == ["corrupt"]
 
 
+def test_list_reads_the_parts_of_an_unfinished_run_when_asked(tmp_path, interrupted):
+    interrupted(tmp_path / "run")
+    assert list(list_runs(tmp_path, verify=True)["status"]) == ["partial"]
+    part = next((tmp_path / ".run.partial" / "parts").glob("00000-*"))
+    content = bytearray(part.read_bytes())
+    content[20] ^= 1
+    part.write_bytes(content)
+    assert list(list_runs(tmp_path)["status"]) == ["partial"]
+    assert list(list_runs(tmp_path, verify=True)["status"]) == ["corrupt"]
+
+
 def test_list_of_nothing(tmp_path):
     empty = list_runs(tmp_path)
     assert len(empty) == 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from workbench.cli.session import Command, Session, current_session
 from workbench.cli import options
+from workbench.cli.session import Command, Session, current_session
 from workbench.cli.tables import estimate, plain, show_certificate, show_facts, show_findings, show_table, table
 
 if TYPE_CHECKING:
@@ -23,9 +24,16 @@ app = typer.Typer(no_args_is_help=True, help="List, show and compare runs.")
 @app.command(name="list", cls=Command)
 def show_list(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where runs lie.")] = Path("runs"),
-    verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare its checksum.")] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Read every file and compare its checksum, as `runs show` does for one run."),
+    ] = False,
 ) -> None:
-    """List the runs in a folder: finished, interrupted, damaged."""
+    """List the runs in a folder: finished, interrupted, damaged.
+
+    Whether every file is there with its size is always checked, and the manifest against its checksum; the
+    contents of tables and arrays only with --verify. The column "checked" says which.
+    """
     session = current_session()
     with session.err.status("reading"):
         from workbench.runs import list_runs
@@ -34,7 +42,7 @@ def show_list(
     if found.empty:
         session.say(f"There are no runs in {folder}.")
         return
-    made = table("run", "kind", "model", "created", "status", "certificate")
+    made = table("run", "kind", "model", "created", "status", "checked", "certificate")
     for row in found.to_dict("records"):
         made.add_row(
             _inside(folder, str(row["path"])),
@@ -42,9 +50,13 @@ def show_list(
             row["model"],
             row["created"],
             row["status"],
+            _checked(row["status"], verify),
             "passed" if row["certificate"] else "-",
         )
     show_table(session, f"Runs in {folder}", made)
+    if not verify and (found["status"] == "complete").any():
+        again = shlex.join(["workbench", "runs", "list", str(folder), "--verify"])
+        session.say(f"Contents were not read; to compare them with their checksums: {again}")
 
 
 @app.command(name="show", cls=Command)
@@ -142,6 +154,13 @@ def _show_differences(session: Session, found: pd.DataFrame, top: int) -> None:
             plain(row["difference"], sign=True),
         )
     show_table(session, "Largest differences", made)
+
+
+def _checked(status: str, verify: bool) -> str:
+    """What a row's status rests on; of an unfinished run only its list of steps is read by default."""
+    if status == "newer":
+        return "-"
+    return "contents" if verify else "sizes" if status in ("complete", "corrupt") else "-"
 
 
 def _inside(folder: Path, path: str) -> str:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from workbench.errors import RunCorrupt, RunNotFound, RunTooNew
 
-from .run import Run, partial_path
+from .run import Run
 from .state import State
 
 _COLUMNS = ("id", "kind", "title", "model", "created", "status", "path", "certificate")
@@ -20,7 +20,8 @@ def list_runs(folder: str | Path, *, verify: bool = False) -> pd.DataFrame:
     """One row for each run directly in the folder, the oldest first.
 
     `status` is "complete", "partial" (interrupted, or being written), "corrupt" or "newer" (a later format).
-    Sizes are always compared with the manifest; checksums with `verify`, which reads every file.
+    Sizes are always compared with the manifest; checksums with `verify`, which reads every file, those of an
+    interrupted run's finished steps included.
     `certificate` says whether the model's certificate was stored and passed.
     """
     place = Path(folder).expanduser().resolve()
@@ -29,7 +30,7 @@ def list_runs(folder: str | Path, *, verify: bool = False) -> pd.DataFrame:
     rows = []
     for child in sorted(child for child in place.iterdir() if child.is_dir()):
         if child.name.startswith(".") and child.name.endswith(_SUFFIX):
-            row = _partial_row(child)
+            row = _partial_row(child, verify)
         elif not child.name.startswith("."):
             row = _row(child, verify)
         else:
@@ -56,15 +57,18 @@ def _row(path: Path, verify: bool) -> dict[str, Any] | None:
     return _fields(path, run.manifest, "complete")
 
 
-def _partial_row(partial: Path) -> dict[str, Any] | None:
+def _partial_row(partial: Path, verify: bool) -> dict[str, Any] | None:
     path = partial.with_name(partial.name[1 : -len(_SUFFIX)])
     try:
         state = State.read(partial)
+        if verify and state is not None:
+            state.verify()
     except RunTooNew:
         return _fields(partial, {}, "newer")
-    except RunCorrupt:
-        return _fields(partial, {}, "corrupt")
-    if state is None or not partial_path(path).is_dir():
+    except (RunCorrupt, OSError):
+        # A writer that finishes meanwhile clears its parts away.
+        return _fields(partial, {}, "corrupt") if partial.is_dir() else None
+    if state is None or not partial.is_dir():
         return None
     known = {"id": state.id, "kind": state.kind, "title": state.title, "created": state.created}
     return _fields(path, {**state.manifest, **known}, "partial")

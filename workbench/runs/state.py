@@ -118,8 +118,8 @@ class State:
         """Where the parts lie."""
         return self.folder / _PARTS
 
-    def resume(self, title: str, environment: dict[str, Any]) -> None:
-        """Check the files of the finished steps, and clear away what belongs to none."""
+    def verify(self) -> None:
+        """Compare the files of the finished steps with their checksums; `RunCorrupt` names the first that differs."""
         for part in self.parts.values():
             file = self.parts_folder / part.file
             if not file.exists() or sha256(file) != part.sha256:
@@ -127,6 +127,10 @@ class State:
                     f"{file}, a part of the unfinished run {self.folder}, is missing or damaged; "
                     "delete that folder, or overwrite the run, to start again"
                 )
+
+    def resume(self, title: str, environment: dict[str, Any]) -> None:
+        """Check the files of the finished steps, and clear away what belongs to none."""
+        self.verify()
         os.truncate(self.folder / _FILE, self.length)
         kept = {part.file for part in self.parts.values()}
         self.parts_folder.mkdir(exist_ok=True)
