@@ -186,6 +186,14 @@ def test_the_list_says_what_was_checked(call, heads_run, tmp_path):
     assert ("corrupt" in row, "contents" in row) == (True, True)
 
 
+def test_a_text_beyond_the_models_positions_is_warned_of_once(call, model_folder):
+    result = good(call("trace", model_folder, "--prompt", "word " * 600, "--statistics", "lse"))
+    (line,) = (line for line in result.output.splitlines() if "512 positions" in line)
+    assert line in result.stderr
+    assert "tiny[red] was made for 512 positions, and a prompt reaches " in line
+    assert "positions" not in good(call("models", "check", model_folder, "--tokens", "4096")).stderr
+
+
 def test_an_empty_folder_has_no_runs(call, tmp_path):
     assert good(call("runs", "list", tmp_path)).stdout == f"There are no runs in {tmp_path}.\n"
 

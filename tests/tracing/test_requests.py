@@ -1,7 +1,8 @@
-"""What is no prompt is refused in words."""
+"""What is no prompt is refused in words, and what is longer than a model was made for is warned of once."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -72,3 +73,27 @@ def test_a_site_asked_for_as_a_statistic_is_pointed_to(model: Model) -> None:
         trace["v"]
     with pytest.raises(RequestError, match="No statistic 'zz' in this trace; it has lse"):
         trace["zz"]
+
+
+@pytest.mark.parametrize("way", ["trace", "generate"])
+def test_more_tokens_than_a_rotary_model_was_made_for_are_warned_of_once(
+    caplog: pytest.LogCaptureFixture, way: str
+) -> None:
+    model = load(TINY["llama"](max_position_embeddings=8))
+
+    def run(tokens: int) -> None:
+        if way == "trace":
+            model.trace([[5] * 3, [5] * tokens])
+        else:
+            # The last new token is never fed back.
+            model.generate([[5] * 3, [5] * (tokens - 2)], 3)
+
+    with caplog.at_level(logging.WARNING, logger="workbench"):
+        model.predict_memory([[5] * 20])
+        run(8)
+        assert not caplog.records
+        run(9)
+        run(12)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "was made for 8 positions, and a prompt reaches 9" in record.getMessage()

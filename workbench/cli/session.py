@@ -43,8 +43,8 @@ class Session:
 
     def __enter__(self) -> Session:
         self._undo.callback(_CURRENT.reset, _CURRENT.set(self))
-        if self.debug:
-            self._undo.enter_context(listening("workbench", self.note))
+        # What the library warns of is for everyone to read, how it goes only for those who look for a fault.
+        self._undo.enter_context(listening("workbench", self.note, logging.INFO if self.debug else logging.WARNING))
         return self
 
     def __exit__(
@@ -163,12 +163,13 @@ class _Teller(logging.Handler):
 
 
 @contextmanager
-def listening(logger: str, tell: Callable[[str], None]) -> Iterator[None]:
-    """Pass on what a logger of the library says."""
+def listening(logger: str, tell: Callable[[str], None], level: int = logging.INFO) -> Iterator[None]:
+    """Pass on what a logger of the library says, from a level on."""
     source, handler = logging.getLogger(logger), _Teller(tell)
     before = source.level
+    handler.setLevel(level)
     source.addHandler(handler)
-    source.setLevel(logging.INFO)
+    source.setLevel(level)
     try:
         yield
     finally:

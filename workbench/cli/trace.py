@@ -151,11 +151,7 @@ def _read(file: str) -> str:
 
 
 def _tell_prediction(session: Session, model: Model, batch: Batch, wanted: list[Statistic]) -> None:
-    tokens = int(batch.lengths.sum())
-    session.say(f"Tokens: {tokens}")
-    most = model.spec.max_positions
-    if model.spec.rotary and most is not None and tokens > most:
-        session.say(f"The text is longer than the {most} positions that the model was made for.")
+    session.say(f"Tokens: {int(batch.lengths.sum())}")
     session.say(f"Memory: {model.predict_memory(batch, statistics=wanted)}")
 
 

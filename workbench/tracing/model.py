@@ -46,6 +46,7 @@ class Model:
 
     def __post_init__(self) -> None:
         self._cost: BodyCost | None = None
+        self._told_of_length = False
 
     def __repr__(self) -> str:
         spec = self.spec
@@ -117,6 +118,7 @@ class Model:
             f"Cut the prompts, trace fewer of them, or {advice}.",
         )
         _log.info("trace of %d prompts, %d tokens: %s", len(batch), int(batch.mask.sum()), prediction)
+        self._tell_of_length(int(batch.lengths.max()))
         collector = Collector(batch, self.spec, job.plan.statistics, prediction)
         collector.trace.logit_positions = job.wanted
         for rows, piece in job.pieces:
@@ -163,6 +165,7 @@ class Model:
 
         batch, wanted, edits = self._checked(self.batch(prompts)), _flatten(statistics), listed(edits)
         check_request(self.spec, batch, max_new_tokens, edits, wanted)
+        self._tell_of_length(int(batch.lengths.max()) + max_new_tokens - 1)
         return generate(self, batch, max_new_tokens, self._resolved(edits, batch), wanted, stop_ids)
 
     def _checked(self, batch: Batch) -> Batch:
@@ -174,6 +177,17 @@ class Model:
         if most is not None and not self.spec.rotary and longest > most:
             raise RequestError(f"A prompt of {longest} tokens exceeds the model's {most} learned positions; cut it.")
         return batch
+
+    def _tell_of_length(self, longest: int) -> None:
+        """Warn, once a model, of more tokens than it was trained for: rotation goes on, but into the unknown."""
+        most = self.spec.max_positions
+        if self.spec.rotary and most is not None and longest > most and not self._told_of_length:
+            self._told_of_length = True
+            _log.warning(
+                "%s was made for %d positions, and a prompt reaches %d: beyond them it may behave otherwise than "
+                "within. Cut the prompts to stay within. (Said once.)",
+                self.source.name, most, longest,
+            )  # fmt: skip
 
     def _resolved(self, edits: Sequence[Edit], batch: Batch) -> list[Edit]:
         """Edits with their reference prompts run, so that the plan holds values only."""
