@@ -81,3 +81,11 @@ def test_caption_and_refusal(verification: pd.DataFrame) -> None:
     assert "mean over 8 prompts" in caption_of(ablation_chart(verification))
     with pytest.raises(RequestError, match="accuracy"):
         ablation_chart(verification, metric="accuracy")
+
+
+def test_heads_chosen_by_hand_are_called_so(verification: pd.DataFrame) -> None:
+    figure = ablation_chart(verification.head(1).assign(detector="chosen"))
+    assert traces(figure, "heads chosen by hand, effect shown")
+    assert "the heads chosen by hand are ablated" in caption_of(figure)
+    assert figure.layout.yaxis.ticktext[0].startswith("<b>Chosen by hand</b>")
+    assert "2 heads, mean" in figure.layout.yaxis.ticktext[0]

@@ -98,6 +98,12 @@ def test_caption_is_data(scores: pd.DataFrame) -> None:
     assert caption_of(figure) == "Mean attention. n = 10 prompts."
 
 
+def test_bare_values_are_hovered_without_tests(scores: pd.DataFrame) -> None:
+    trace = cells(head_map(scores[["detector", "layer", "head", "value"]], "induction"))
+    assert list(trace.customdata[2, 1]) == ["L2H1", "0.800"]
+    assert "null" not in trace.hovertemplate
+
+
 def test_titles_are_escaped(scores: pd.DataFrame) -> None:
     title = head_map(scores, "induction", info={"title": "<a href='x'>"}).layout.title.text
     assert "&lt;a href='x'&gt;" in title

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from workbench.figures.text import interval, number, probability, readable, safe, signed
+from workbench.figures.text import in_order, interval, number, probability, readable, safe, signed
 
 
 @pytest.mark.parametrize(
@@ -63,4 +63,10 @@ def test_tokens_cannot_bring_markup_into_a_figure() -> None:
     assert safe("</script><img onerror=x>") == "&lt;/script&gt;&lt;img onerror=x&gt;"
     assert safe(" the\n") == "␣the↵"
     assert safe("\x07") == "\\x07"
+    assert safe("a\u202eb") == "a\\u202eb"
     assert safe("") == "∅"
+
+
+def test_controls_of_direction_become_escapes_and_letters_stay() -> None:
+    assert in_order("a\u202eb\u2066\u200f") == "a\\u202eb\\u2066\\u200f"
+    assert in_order("\u05d0\u05d1 \u0627\n") == "\u05d0\u05d1 \u0627\n"

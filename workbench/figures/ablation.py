@@ -1,11 +1,13 @@
 """Ablation chart: the effect of ablating a detector's top heads against draws of matched random heads.
 
 One row an ablation, one panel a metric (units differ). Grey points are the single draws, the grey bar their
-full range; the diamond is the effect of the detector's heads with its bootstrap interval, filled where the
+full range; the diamond is the effect of the named heads with its bootstrap interval, filled where the
 effect is shown and hollow where it is not, e.g. inside the control range.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
 from workbench.errors import RequestError
-from workbench.figures.text import interval, probability, readable, safe, signed, with_caption
+from workbench.figures.text import BY_HAND, interval, probability, readable, safe, signed, with_caption
 from workbench.figures.theme import Palette, palette, template
 from workbench.figures.verdict import verdict
 
@@ -50,7 +52,7 @@ def ablation_chart(
     colours = palette(dark)
     for index, name in enumerate(metrics):
         part = rows[rows["metric"] == name].reset_index(drop=True)
-        _panel(figure, part, draws, index + 1, colours, labels or {})
+        _panel(figure, part, draws, index + 1, colours, labels or {}, _whose(rows))
     figure.update_layout(
         template=template(dark),
         height=height,
@@ -67,6 +69,7 @@ def _panel(
     panel: int,
     colours: Palette,
     labels: dict[str, str],
+    whose: str,
 ) -> None:
     place = {"row": panel, "col": 1}
     # the first row of the table at the top
@@ -79,11 +82,10 @@ def _panel(
     judged = [verdict(row).kind == "shown" for row in rows.to_dict("records")]
     for shown in (True, False):
         chosen = rows[[flag is shown for flag in judged]]
-        figure.add_trace(_effects(chosen, heights[chosen.index], shown, colours, first), **place)
+        figure.add_trace(_effects(chosen, heights[chosen.index], shown, colours, first, whose), **place)
     names = [
-        f"<b>{safe(labels.get(str(row['detector']), row['detector']))}</b><br>"
-        f"<span style='font-size:11px'>top {int(row['k'])}, {safe(row['how'])}</span>"
-        for row in rows.to_dict("records")
+        f"<b>{safe(name)}</b><br><span style='font-size:11px'>{safe(size)}</span>"
+        for name, size in (_set(row, labels) for row in rows.to_dict("records"))
     ]
     axis = {"tickvals": heights, "ticktext": names, "range": [-0.6, len(rows) - 0.4], "fixedrange": True}
     figure.update_yaxes(axis | {"showgrid": False, "tickfont": {"size": 12, "color": colours.ink}}, **place)
@@ -102,6 +104,19 @@ def _panel(
             align="left",
             font={"size": 11, "color": colours.muted},
         )
+
+
+def _set(row: dict[str, Any], labels: dict[str, str]) -> tuple[str, str]:
+    """What to call the ablated heads, and how many there are of them."""
+    k, detector = int(row["k"]), str(row["detector"])
+    if detector == BY_HAND:
+        return "Chosen by hand", f"{k} {'head' if k == 1 else 'heads'}, {row['how']}"
+    return labels.get(detector, detector), f"top {k}, {row['how']}"
+
+
+def _whose(rows: pd.DataFrame) -> str:
+    by_hand = rows["detector"] == BY_HAND
+    return "heads chosen by hand" if by_hand.all() else "ablated heads" if by_hand.any() else "detector's heads"
 
 
 def _axis_title(row: pd.Series) -> str:
@@ -154,7 +169,9 @@ def _range(rows: pd.DataFrame, heights: NDArray[np.int64], colours: Palette, leg
     )
 
 
-def _effects(rows: pd.DataFrame, heights: NDArray[np.int64], shown: bool, colours: Palette, legend: bool) -> go.Scatter:
+def _effects(
+    rows: pd.DataFrame, heights: NDArray[np.int64], shown: bool, colours: Palette, legend: bool, whose: str
+) -> go.Scatter:
     hover = [
         [safe(r["heads"]), signed(r["effect"], 3), interval(r["low"], r["high"], 3), verdict(r).label]
         for r in rows.to_dict("records")
@@ -184,7 +201,7 @@ def _effects(rows: pd.DataFrame, heights: NDArray[np.int64], shown: bool, colour
             "<b>%{customdata[0]}</b><br>effect %{customdata[1]} (95 % %{customdata[2]})"
             "<br>%{customdata[3]}<extra></extra>"
         ),
-        name="detector's heads, effect shown" if shown else "detector's heads, effect not shown",
+        name=f"{whose}, effect {'shown' if shown else 'not shown'}",
         legendgroup=f"effect {shown}",
         showlegend=legend,
     )
@@ -195,8 +212,9 @@ def _caption(rows: pd.DataFrame) -> str:
     drawn = sorted({int(n) for n in rows["draws"].dropna()}) if "draws" in rows else []
     over = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}" if sizes else "the"
     count = f"{drawn[0]} draws" if len(drawn) == 1 else "draws"
+    heads = {"detector's heads": "a detector's top heads"}.get(_whose(rows), f"the {_whose(rows)}")
     return (
-        f"Change of each task metric when a detector's top heads are ablated, mean over {over} prompts with "
+        f"Change of each task metric when {heads} are ablated, mean over {over} prompts with "
         f"a 95 % bootstrap interval, beside {count} of as many random heads from the same layers. A filled "
         "diamond is an effect outside the range of the draws with q below 0.05; a hollow one is not."
     )

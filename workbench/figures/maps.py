@@ -27,6 +27,8 @@ _HOVER = (
     "<b>%{customdata[0]}</b>  %{customdata[1]}<br>95 % interval %{customdata[2]}"
     "<br>null %{customdata[3]} · q %{customdata[4]} · n %{customdata[5]}<extra></extra>"
 )
+# of values that nothing was tested about, such as means over one text
+_BARE_HOVER = "<b>%{customdata[0]}</b>  %{customdata[1]}<extra></extra>"
 _ROW_PIXELS = 13
 _MOST_LABELS = 12
 
@@ -141,10 +143,11 @@ def _height(rows: pd.DataFrame) -> int:
 
 
 def _grid(rows: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.object_]]:
-    """Values `[layer, head]` and hover texts `[layer, head, 6]`."""
+    """Values `[layer, head]` and hover texts `[layer, head, 6]`, two of them where the rows have only values."""
     shape = (int(rows["layer"].max()) + 1, int(rows["head"].max()) + 1)
     values = np.full(shape, np.nan)
-    hover = np.full((*shape, 6), "", dtype=object)
+    told = 6 if _judged(rows) else 2
+    hover = np.full((*shape, told), "", dtype=object)
     for row in rows.to_dict("records"):
         at = (int(row["layer"]), int(row["head"]))
         values[at] = row["value"]
@@ -155,8 +158,13 @@ def _grid(rows: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.object_]]
             number(row.get("null"), 3),
             probability(row.get("q")),
             number(row.get("n"), places=0),
-        ]
+        ][:told]
     return values, hover
+
+
+def _judged(rows: pd.DataFrame) -> bool:
+    """Whether the rows have an interval, a null or a q beside their values."""
+    return not {"low", "null", "q"}.isdisjoint(rows.columns)
 
 
 def _strongest(rows: pd.DataFrame, values: NDArray[np.float64], info: Mapping[str, Any]) -> tuple[int, int]:
@@ -181,8 +189,9 @@ def _add_map(
     scale = scale_for(values, info, colours)
     place = {} if cell is None else {"row": cell[0], "col": cell[1]}
     gap = 1 if max(values.shape) <= 48 else 0
+    hovered = _HOVER if _judged(rows) else _BARE_HOVER
     figure.add_trace(
-        go.Heatmap(z=values, customdata=hover, hovertemplate=_HOVER, coloraxis=axis, xgap=gap, ygap=gap, name="heads"),
+        go.Heatmap(z=values, customdata=hover, hovertemplate=hovered, coloraxis=axis, xgap=gap, ygap=gap, name="heads"),
         **place,
     )
     if np.isfinite(values).any():
