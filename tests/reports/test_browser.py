@@ -301,6 +301,22 @@ def test_print_draws_all_figures_in_light_colours(visit: Callable[..., Any]) -> 
     assert page.evaluate("document.documentElement.dataset.theme ?? ''") == ""
 
 
+def test_controls_of_direction_cannot_reorder_the_page(
+    visit: Callable[..., Any], run_with_tokens: Callable[..., Any], tmp_path: Path
+) -> None:
+    tokens = ["a\u202ebc", " \u2066x", "\u05d0\u05d1", "z\u200f"] * 3
+    page = visit("#L18H6", url=write_report(run_with_tokens(tokens), tmp_path / "bidi.html").as_uri())
+    first = page.locator("#L18H6 .word").first
+    assert first.text_content() == "a\\u202ebc"
+    assert first.evaluate("word => getComputedStyle(word).unicodeBidi") == "isolate"
+    assert page.locator("#L18H6 .word").nth(2).text_content() == "\u05d0\u05d1", "letters of any script stay"
+    # words of a script that runs to the left keep the order of the tokens
+    lefts = [page.locator("#L18H6 .word").nth(i).bounding_box()["x"] for i in range(4)]
+    assert lefts == sorted(lefts)
+    controls = "/[\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069]/.test(document.documentElement.textContent)"
+    assert not page.evaluate(f"document.querySelectorAll('script').forEach(s => s.remove()), {controls}")
+
+
 def test_packed_file_draws_the_same(visit: Callable[..., Any], demo: Any, tmp_path: Path) -> None:
     packed = write_report(demo, tmp_path / "packed.html", gallery=True)
     page = visit(url=packed.as_uri())

@@ -290,6 +290,21 @@ def test_trace_run_without_any_table(demo: Any) -> None:
     assert not {"heads", "all-heads", "patterns", "domains"} & set(found.ids)
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_controls_that_reorder_text_are_shown_as_escapes(demo: Any, run_with_tokens: Callable[..., Any]) -> None:
+    controls = [chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F)]
+    text = "".join(controls)
+    run = run_with_tokens(["a", *controls, "b"])
+    manifest = json.loads(json.dumps(demo.manifest)) | {"title": text, "command": text}
+    manifest["model"]["name"] = text
+    info = run.table("example_info").assign(title=text, caption=text)
+    source = render(replace(run, manifest=manifest, frames=run.frames | {"example_info": info}))
+    ours = source.replace(plotly_bundle(), "")
+    assert not set(controls) & set(ours)
+    assert Page(source).data()["tokens"]["needle"][1] == "\\u202a"
+    assert "<title>\\u202a" in source
+
+
 @pytest.mark.parametrize(
     "missing",
     [

@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from workbench.figures import DARK, LIGHT, Palette, template
+from workbench.figures.text import in_order
 from workbench.reports.cards import Card, cards
 from workbench.reports.catalogue import Catalogue, catalogue
 from workbench.reports.charts import charts
@@ -86,7 +87,7 @@ def build(run: RunLike) -> Content:
         "kind": str(run.manifest.get("kind", "run")),
         "created": moment(run.manifest.get("created")),
         "duration": duration(run),
-        "summary": summary(run, known, leading),
+        "summary": Markup(in_order(str(summary(run, known, leading)))),
         "findings": leading,
         "verification": verification,
         "probes": probes(run),

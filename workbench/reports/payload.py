@@ -1,5 +1,7 @@
 """Data for the page's scripts: JSON that cannot end its own element, and figures in both modes at once.
 
+Every text of it loses the controls that reorder a page on its way in; no script has to think of them.
+
 A figure is drawn twice, light and dark; only the values that differ are kept for the dark mode (a handful of
 colours), so that switching the mode needs no second copy of the data.
 """
@@ -18,13 +20,14 @@ import plotly
 from markupsafe import Markup
 
 from workbench.figures import caption_of
+from workbench.figures.text import in_order
 
 _DANGEROUS = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
 def embed(data: object) -> Markup:
     """JSON for a `<script type="application/json">` element: no character of it can close or open a tag."""
-    text = json.dumps(_finite(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(_plain_data(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character, escape in _DANGEROUS.items():
         text = text.replace(character, escape)
     return Markup(text)
@@ -64,12 +67,14 @@ def _differences(light: Any, dark: Any, path: list[str | int]) -> list[list[Any]
     return [] if light == dark else [[path, dark]]
 
 
-def _finite(data: Any) -> Any:
-    """NaN and infinities as null, which JSON lacks."""
+def _plain_data(data: Any) -> Any:
+    """NaN and infinities as null, which JSON lacks; texts with nothing in them that reorders a page."""
+    if isinstance(data, str):
+        return in_order(data)
     if isinstance(data, dict):
-        return {str(key): _finite(value) for key, value in data.items()}
+        return {in_order(str(key)): _plain_data(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
+        return [_plain_data(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 

@@ -24,6 +24,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from workbench.errors import RequestError
+from workbench.figures.text import in_order
 from workbench.reports.build import OPTIONAL, Content, build, style_variables
 from workbench.reports.payload import embed, packed, plotly_bundle
 from workbench.reports.source import RunLike
@@ -109,14 +110,20 @@ def packed_bundle() -> str:
 
 @cache
 def environment() -> Environment:
-    """The templates of this package: escaping on, unknown names an error."""
+    """The templates of this package: escaping on, unknown names an error, no text reorders the page."""
     return Environment(
         loader=FunctionLoader(lambda name: _read("templates", name)),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_in_order,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _in_order(value: object) -> object:
+    # what is markup already was put together from texts that came through here or were written by us
+    return in_order(value) if type(value) is str else value
 
 
 def asset(name: str) -> str:

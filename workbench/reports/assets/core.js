@@ -31,6 +31,32 @@ const report = (() => {
     return element;
   }
 
+  // what prints nothing becomes a sign or an escape; letters of any script stay
+  const escaped = (letter) => {
+    const code = letter.codePointAt(0);
+    return code < 256 ? `\\x${code.toString(16).padStart(2, "0")}` : `\\u${code.toString(16).padStart(4, "0")}`;
+  };
+  const visible = (text) =>
+    text
+      .replaceAll("\n", "↵")
+      .replaceAll("\t", "⇥")
+      .replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, escaped) || "∅";
+  const quoted = (text) => `“${visible(text.trim() || text)}”`;
+
+  // the tokens of a prompt as words that can be pointed at; returns their elements
+  function setWords(root, tokens) {
+    root.replaceChildren(
+      ...tokens.flatMap((text, index) => {
+        // a leading space stays outside, so that only the word itself is shaded
+        const gap = text.length > 1 && text.startsWith(" ") ? " " : "";
+        const word = make("span", { class: "word", role: "button", tabIndex: -1 }, visible(text.slice(gap.length)));
+        word.dataset.index = index;
+        return text.includes("\n") ? [gap, word, make("br")] : [gap, word];
+      }),
+    );
+    return [...root.querySelectorAll(".word")];
+  }
+
   const parseHead = (text) => {
     const match = /^#?L(\d+)H(\d+)$/i.exec(String(text));
     return match ? `L${Number(match[1])}H${Number(match[2])}` : null;
@@ -45,5 +71,5 @@ const report = (() => {
   const probability = (value) =>
     value === null || value === undefined ? "–" : value < 0.001 ? "<0.001" : value.toFixed(value < 0.01 ? 3 : 2);
 
-  return { data, mode, shade, make, parseHead, number, probability, system };
+  return { data, mode, shade, make, visible, quoted, setWords, parseHead, number, probability, system };
 })();

@@ -1,6 +1,6 @@
 // The token view: words of a prompt; the chosen word shades those that one head attends to (or is attended from).
 (() => {
-  const { data, make, shade } = report;
+  const { data, make, shade, visible, quoted } = report;
   const views = [];
 
   // weights come as the lower triangle in 16-bit steps
@@ -13,9 +13,6 @@
     }
     return rows;
   }
-
-  const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "⇥") || "∅";
-  const quoted = (text) => `“${visible(text.trim() || text)}”`;
 
   class TokenView {
     constructor(root) {
@@ -40,16 +37,7 @@
       this.rows = unpack(this.pattern.weights, this.tokens.length);
       this.home = this.pattern.start;
       this.locked = false;
-      this.words.replaceChildren(
-        ...this.tokens.flatMap((text, index) => {
-          // a leading space stays outside, so that only the word itself is shaded
-          const gap = text.length > 1 && text.startsWith(" ") ? " " : "";
-          const word = make("span", { class: "word", role: "button", tabIndex: -1 }, visible(text.slice(gap.length)));
-          word.dataset.index = index;
-          return text.includes("\n") ? [gap, word, make("br")] : [gap, word];
-        }),
-      );
-      this.spans = [...this.words.querySelectorAll(".word")];
+      this.spans = report.setWords(this.words, this.tokens);
       this.select(this.home);
     }
 
@@ -128,13 +116,19 @@
     }
 
     tell() {
-      const parts = this.strongest(3).map((e) => `${quoted(this.tokens[e.other])} ${e.weight.toFixed(2)}`);
+      const parts = this.strongest(3).flatMap((e, place) => [
+        place ? ", " : "",
+        make("bdi", {}, quoted(this.tokens[e.other])),
+        ` ${e.weight.toFixed(2)}`,
+      ]);
       const verb = this.incoming ? "is attended to by" : "attends to";
       const sink = this.weight(0);
       const rest = sink === null ? "" : ` · first token ${sink.toFixed(2)}`;
       this.says.replaceChildren(
         make("strong", {}, quoted(this.tokens[this.query])),
-        ` at position ${this.query} ${verb} ${parts.join(", ") || "no other token above 0.02"}${rest}`,
+        ` at position ${this.query} ${verb} `,
+        ...(parts.length ? parts : ["no other token above 0.02"]),
+        rest,
       );
       this.root.classList.toggle("locked", this.locked);
     }
