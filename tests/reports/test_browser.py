@@ -317,6 +317,19 @@ def test_controls_of_direction_cannot_reorder_the_page(
     assert not page.evaluate(f"document.querySelectorAll('script').forEach(s => s.remove()), {controls}")
 
 
+def test_link_to_a_head_that_does_not_exist_is_answered(visit: Callable[..., Any]) -> None:
+    page = visit("#L99H9")
+    notice = page.locator("#unknown")
+    notice.wait_for()
+    assert "No head L99H9 in this model: it has 30 layers of 9 heads." in notice.text_content()
+    notice.locator("button").click()
+    assert not notice.is_visible()
+    page.evaluate("location.hash = '#L3H9'")
+    notice.wait_for()
+    page.evaluate("location.hash = '#L18H6'")
+    notice.wait_for(state="hidden")
+
+
 def test_packed_file_draws_the_same(visit: Callable[..., Any], demo: Any, tmp_path: Path) -> None:
     packed = write_report(demo, tmp_path / "packed.html", gallery=True)
     page = visit(url=packed.as_uri())

@@ -69,6 +69,7 @@ class Content:
             "table": self.slim_table if "details" in omit else self.table,
             "tokens": {p.example: list(p.tokens) for p in views},
             "patterns": {p.key: p.payload() for p in views},
+            "model": {name: self.manifest.get("model", {}).get(name) for name in ("layers", "heads")},
         }
 
 

@@ -9,14 +9,31 @@
     for (const move of ["wheel", "touchmove", "keydown", "mousedown"]) addEventListener(move, stop, { once: true });
   }
 
+  const notice = document.getElementById("unknown");
+  const dismiss = () => (notice.hidden = true);
+  notice.querySelector("button").addEventListener("click", dismiss);
+  addEventListener("keydown", (event) => event.key === "Escape" && dismiss());
+
+  // a link may name a head of another model
+  function tell(name) {
+    const { layers, heads } = report.data.model;
+    const [layer, head] = name.slice(1).split("H").map(Number);
+    const beyond = (layers !== null && layer >= layers) || (heads !== null && head >= heads);
+    notice.querySelector("span").textContent = beyond
+      ? `No head ${name} in this model${layers && heads ? `: it has ${layers} layers of ${heads} heads` : ""}.`
+      : `This report has no entry for head ${name}.`;
+    notice.hidden = false;
+  }
+
   function go() {
     const name = report.parseHead(location.hash);
+    dismiss();
     document.querySelectorAll(".card.target").forEach((card) => card.classList.remove("target"));
     if (!name) return;
     const row = report.markRow?.(name);
     const card = document.getElementById(name);
     const goal = card || row;
-    if (!goal) return;
+    if (!goal) return tell(name);
     card?.classList.add("target");
     hold(goal, card ? "start" : "center");
     const focus = card ? card.querySelector("h3") : row.querySelector("a");
