@@ -10,9 +10,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from workbench.reports import write_report
@@ -328,6 +330,63 @@ def test_link_to_a_head_that_does_not_exist_is_answered(visit: Callable[..., Any
     notice.wait_for()
     page.evaluate("location.hash = '#L18H6'")
     notice.wait_for(state="hidden")
+
+
+def test_print_has_every_row_of_the_table(visit: Callable[..., Any]) -> None:
+    page = visit()
+    page.click("[name=next]")
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert len(rows(page)) == 270
+    page.emulate_media(media="print")
+    assert not page.locator(".left-out").is_visible()
+    page.emulate_media(media="screen")
+    page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    assert rows(page)[0] == "L1H6", "the reader's page is back"
+    assert len(rows(page)) == 15
+    page.fill("[name=text]", "L1")
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert len(rows(page)) == 9
+    page.emulate_media(media="print")
+    assert page.locator(".left-out").text_content().startswith("261 of 270 heads are left out by the filter")
+    assert page.locator(".left-out").is_visible()
+
+
+def test_table_fits_a_laptop_and_shows_where_it_is_cut(visit: Callable[..., Any], demo: Any, tmp_path: Path) -> None:
+    scores, about = demo.table("head_scores"), demo.table("detectors")
+    more = [f"previous_token_{i}" for i in range(3)]
+    twin = scores[scores["detector"] == "previous_token"]
+    row = about[about["detector"] == "previous_token"]
+    frames = {
+        "head_scores": pd.concat([scores, *(twin.assign(detector=name) for name in more)]),
+        "detectors": pd.concat([about, *(row.assign(detector=name, title="Copies after a needle") for name in more)]),
+    }
+    eleven = replace(demo, frames=demo.frames | frames)
+    page = visit(url=write_report(eleven, tmp_path / "eleven.html").as_uri())
+    fits = "(box => box.scrollWidth <= box.clientWidth)(document.querySelector('#all-heads .scroll'))"
+    assert page.evaluate(fits)
+    page.set_viewport_size({"width": 700, "height": 900})
+    assert not page.evaluate(fits)
+    first = page.locator("#all-heads tbody th").first
+    before = first.bounding_box()["x"]
+    page.evaluate("document.querySelector('#all-heads .scroll').scrollLeft = 200")
+    assert first.bounding_box()["x"] == pytest.approx(before), "the heads' names stay"
+    assert "gradient" in page.evaluate("getComputedStyle(document.querySelector('#all-heads .scroll')).backgroundImage")
+
+
+def test_score_like_the_null_is_marked_and_not_bold(visit: Callable[..., Any], demo: Any, tmp_path: Path) -> None:
+    scores = demo.table("head_scores").copy()
+    scores.loc[scores["detector"] == "retrieval", "q"] = 0.4
+    run = replace(demo, frames=demo.frames | {"head_scores": scores})
+    page = visit("#L18H6", url=write_report(run, tmp_path / "weak.html").as_uri())
+    weight = "e => Number(getComputedStyle(e).fontWeight)"
+    cells = page.locator("#row-L18H6 td")
+    assert cells.nth(3).locator(".value").evaluate(weight) >= 600
+    assert cells.nth(4).locator(".value").evaluate(weight) < 600
+    assert "○" in cells.nth(4).locator(".value").evaluate("e => getComputedStyle(e, '::before').content")
+    bars = page.locator("#L18H6 .bar-row")
+    assert bars.nth(3).locator(".name").evaluate(weight) >= 600
+    assert bars.nth(4).locator(".name").evaluate(weight) < 600
+    assert "not distinguished" in bars.nth(4).text_content()
 
 
 def test_packed_file_draws_the_same(visit: Callable[..., Any], demo: Any, tmp_path: Path) -> None:

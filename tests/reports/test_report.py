@@ -16,6 +16,8 @@ import pytest
 
 from workbench.errors import RequestError
 from workbench.reports import BUDGET_BYTES, render, write_report
+from workbench.reports.cards import cards
+from workbench.reports.catalogue import catalogue
 from workbench.reports.payload import embed, packed, plotly_bundle
 
 NASTY = "</script><img src=x onerror=alert(1)>"
@@ -303,6 +305,37 @@ def test_controls_that_reorder_text_are_shown_as_escapes(demo: Any, run_with_tok
     assert not set(controls) & set(ours)
     assert Page(source).data()["tokens"]["needle"][1] == "\\u202a"
     assert "<title>\\u202a" in source
+
+
+def weak_retrieval(demo: Any, q: float) -> Any:
+    """The demo with another q for every retrieval score."""
+    scores = demo.table("head_scores").copy()
+    scores.loc[scores["detector"] == "retrieval", "q"] = q
+    return replace(demo, frames=demo.frames | {"head_scores": scores})
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_threshold_without_significance_names_no_head(demo: Any) -> None:
+    found = Page(render(weak_retrieval(demo, 0.4)))
+    assert "none of them is distinguished from the null" in found.text
+    assert "heads reach the threshold; none is distinguished from the null." in found.text
+    table = found.data()["table"]
+    column = next(c for c in table["columns"] if c["name"] == "retrieval")
+    reaching = [i for i, value in enumerate(column["value"]) if value is not None and value >= 0.1]
+    assert column["weak"] == reaching
+    assert "Retrieval (copy-paste): reaches the threshold, not distinguished from the null" in found.text
+    sure = Page(render(weak_retrieval(demo, 0.01)))
+    assert "none of them is distinguished" not in sure.text
+    assert next(c for c in sure.data()["table"]["columns"] if c["name"] == "retrieval")["weak"] == []
+
+
+def test_thresholds_of_either_sign_are_both_drawn(demo: Any) -> None:
+    known = catalogue(demo)
+    bars = {bar.detector.name: bar for bar in cards(demo, known, [])[0].bars}
+    low, high = bars["active_dormant"].thresholds_at
+    assert low < bars["active_dormant"].null_at < high
+    assert len(bars["induction"].thresholds_at) == 1
+    assert bars["entropy"].thresholds_at == ()
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from workbench.reports.catalogue import Catalogue, catalogue
 from workbench.reports.charts import charts
 from workbench.reports.examples import Pattern, patterns, reach
 from workbench.reports.facts import checks, duration, model_facts, moment, run_facts, steps
-from workbench.reports.findings import findings, probes, summary, switching_heads, verification_rows
+from workbench.reports.findings import findings, probes, remarks, summary, switching_heads, verification_rows
 from workbench.reports.payload import size_of
-from workbench.reports.source import RunLike
+from workbench.reports.source import RunLike, frame
 from workbench.reports.table import head_table
 
 # what may be left out, and how the report names it
@@ -82,12 +82,14 @@ def build(run: RunLike) -> Content:
     leading = findings(run, known)
     verification = verification_rows(run, known)
     certificate = run.manifest.get("certificate", {})
+    scores = frame(run, "head_scores")
     texts: dict[str, Any] = {
         "title": run.title,
         "run_id": str(run.manifest.get("id", "")),
         "kind": str(run.manifest.get("kind", "run")),
         "created": moment(run.manifest.get("created")),
         "duration": duration(run),
+        "remarks": remarks(run, known),
         "summary": Markup(in_order(str(summary(run, known, leading)))),
         "findings": leading,
         "verification": verification,
@@ -108,8 +110,8 @@ def build(run: RunLike) -> Content:
         cards=chosen,
         patterns=found,
         figures=charts(run, known, chosen, found),
-        table=head_table(run, known),
-        slim_table=head_table(run, known, details=False),
+        table=head_table(scores, known),
+        slim_table=head_table(scores, known, details=False),
     )
 
 

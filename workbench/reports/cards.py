@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from workbench.figures.text import decimals, interval, number, probability
-from workbench.reports.catalogue import Catalogue, DetectorInfo
+from workbench.reports.catalogue import Catalogue, DetectorInfo, like_null
 from workbench.reports.examples import Pattern
 from workbench.reports.source import RunLike, frame, head_name
 
@@ -23,7 +23,8 @@ _EXTREME = {"higher": "highest", "lower": "lowest", "either": "largest"}
 class Bar:
     """One score of a head: texts, and places on the track in percent of the range over all heads.
 
-    `rank` to `last` are the places that it shares with heads of the same score.
+    `rank` to `last` are the places that it shares with heads of the same score. `reaches` the threshold is not yet
+    `passes`: a score that reaches it with a q that does not tell it from the null names no head.
     """
 
     detector: DetectorInfo
@@ -34,12 +35,21 @@ class Bar:
     rank: int
     last: int
     heads: int
+    reaches: bool
     passes: bool
     at: float | None
     low: float | None
     high: float | None
     null_at: float | None
-    threshold_at: float | None
+    thresholds_at: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Role:
+    """What to call a head; `weak` where its score is not distinguished from the null."""
+
+    text: str
+    weak: bool
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ class Card:
     head: str
     layer: int
     index: int
-    roles: tuple[str, ...]
+    roles: tuple[Role, ...]
     bars: tuple[Bar, ...]
     patterns: tuple[Pattern, ...]
     curve: str | None
@@ -70,7 +80,8 @@ def cards(run: RunLike, known: Catalogue, found: list[Pattern]) -> list[Card]:
         rows = ranked[(ranked["layer"] == layer) & (ranked["head"] == head)].set_index("detector")
         bars = tuple(_bar(rows.loc[d.name].to_dict(), d, *ranges[d.name]) for d in known if d.name in rows.index)
         # among equals nobody leads: a score that half of all heads share says little
-        named = sorted((bar for bar in bars if bar.passes or bar.last == 1), key=lambda bar: bar.last)
+        named = [bar for bar in bars if bar.reaches or bar.last == 1]
+        named.sort(key=lambda bar: (bar.reaches and not bar.passes, bar.last))
         name = head_name(layer, head)
         result.append(
             Card(
@@ -121,7 +132,7 @@ def _top(ranked: pd.DataFrame, detector: DetectorInfo, count: int) -> list[tuple
 
 def _range(rows: pd.DataFrame, detector: DetectorInfo) -> tuple[float, float, int]:
     numbers = rows[["value", "low", "high"]].to_numpy(float).ravel()
-    marks = [detector.threshold] if detector.has_threshold else []
+    marks = list(detector.thresholds)
     marks += [float(n) for n in (*numbers, *rows["null"].to_numpy(float)) if math.isfinite(n)]
     low, high = min(0.0, *marks), max(0.0, *marks)
     return low, high if high > low else low + 1.0, len(rows)
@@ -129,11 +140,13 @@ def _range(rows: pd.DataFrame, detector: DetectorInfo) -> tuple[float, float, in
 
 def _bar(row: dict[str, Any], detector: DetectorInfo, low: float, high: float, heads: int) -> Bar:
     places = decimals(low, high)
+    reaches = detector.has_threshold and bool(detector.passes(float(row["value"])))
+
+    def spot(value: float) -> float:
+        return round(min(max((value - low) / (high - low), 0.0), 1.0) * 100, 2)
 
     def place(value: Any) -> float | None:
-        if not isinstance(value, Real) or math.isnan(value):
-            return None
-        return round(min(max((float(value) - low) / (high - low), 0.0), 1.0) * 100, 2)
+        return spot(float(value)) if isinstance(value, Real) and not math.isnan(value) else None
 
     return Bar(
         detector=detector,
@@ -144,15 +157,19 @@ def _bar(row: dict[str, Any], detector: DetectorInfo, low: float, high: float, h
         rank=int(row["rank"]),
         last=int(row["last"]),
         heads=heads,
-        passes=detector.has_threshold and bool(detector.passes(float(row["value"]))),
+        reaches=reaches,
+        passes=reaches and not like_null(row["q"]),
         at=place(row["value"]),
         low=place(row["low"]),
         high=place(row["high"]),
         null_at=place(row["null"]),
-        threshold_at=place(detector.threshold),
+        thresholds_at=tuple(map(spot, detector.thresholds)),
     )
 
 
-def _role(bar: Bar) -> str:
+def _role(bar: Bar) -> Role:
     """What to call a head that passes a detector's threshold, or leads it without."""
-    return bar.detector.title if bar.passes else f"{bar.detector.title}, {_EXTREME[bar.detector.better]}"
+    title = bar.detector.title
+    if bar.reaches and not bar.passes:
+        return Role(f"{title}: reaches the threshold, not distinguished from the null", True)
+    return Role(title if bar.passes else f"{title}, {_EXTREME[bar.detector.better]}", False)

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any
 
 from workbench.figures.scales import strength
+from workbench.figures.verdict import SIGNIFICANT
 from workbench.reports.source import RunLike, frame
 
 _BETTER = ("higher", "lower", "either")
@@ -41,6 +42,13 @@ class DetectorInfo:
         """Values turned so that the strongest head has the largest."""
         return strength(values, self.better)
 
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """The bars that values are held against: two where a value of either sign counts, none without a threshold."""
+        if not self.has_threshold:
+            return ()
+        return (-self.threshold, self.threshold) if self.better == "either" else (self.threshold,)
+
     def passes(self, values: Any) -> Any:
         """Whether values reach the threshold; none does where there is no threshold."""
         bar = -self.threshold if self.better == "lower" else self.threshold
@@ -51,6 +59,11 @@ class DetectorInfo:
         return {"detector": self.name} | {
             key: getattr(self, key) for key in ("title", "unit", "threshold", "caption", "measures", "better")
         }
+
+
+def like_null(q: Any) -> Any:
+    """Whether a q-value fails to tell a score from its null; where none was computed, nothing is said against it."""
+    return q >= SIGNIFICANT
 
 
 @dataclass(frozen=True)

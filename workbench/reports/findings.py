@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from workbench.figures.text import interval, number, probability, readable, signed
 from workbench.figures.verdict import Verdict, verdict
-from workbench.reports.catalogue import Catalogue, DetectorInfo
+from workbench.reports.catalogue import Catalogue, DetectorInfo, like_null
 from workbench.reports.source import RunLike, frame, head_name
 
 
@@ -31,7 +31,7 @@ class Causal:
 
 @dataclass(frozen=True)
 class Finding:
-    """The leading head of one detector."""
+    """The leading head of one detector; of the `passing` heads, `weak` are not distinguished from the null."""
 
     detector: DetectorInfo
     head: str
@@ -40,7 +40,9 @@ class Finding:
     high: float
     null: float
     equals: int
+    q: float
     passing: int | None
+    weak: int
     heads: int
     causal: Causal | None
 
@@ -56,6 +58,20 @@ class Finding:
     def null_text(self) -> str:
         return number(self.null)
 
+    @property
+    def like_null(self) -> bool:
+        """Whether even the leading head is not distinguished from the null."""
+        return bool(like_null(self.q))
+
+    @property
+    def weak_text(self) -> str:
+        """How many of the heads that reach the threshold are no findings; empty where all of them are."""
+        if not self.weak:
+            return ""
+        none = "it is not" if self.passing == 1 else "none of them is"
+        some = f"{self.weak} of them {'is' if self.weak == 1 else 'are'} not"
+        return f"{none if self.weak == self.passing else some} distinguished from the null"
+
 
 def findings(run: RunLike, known: Catalogue) -> list[Finding]:
     """One finding for each leading detector that has scores."""
@@ -70,7 +86,8 @@ def _finding(scores: pd.DataFrame, verification: pd.DataFrame | None, detector: 
     rows = scores[(scores["detector"] == detector.name) & scores["value"].notna()]
     strength = detector.strength(rows["value"].to_numpy(float))
     best: dict[str, Any] = rows.iloc[int(np.argmax(strength))].to_dict()
-    passing = detector.passes(rows["value"].to_numpy(float)).sum() if detector.has_threshold else None
+    reaching = detector.passes(rows["value"].to_numpy(float))
+    weak = reaching & like_null(rows["q"].to_numpy(float))
     return Finding(
         detector,
         head=head_name(best["layer"], best["head"]),
@@ -79,10 +96,28 @@ def _finding(scores: pd.DataFrame, verification: pd.DataFrame | None, detector: 
         high=float(best["high"]),
         null=float(best["null"]),
         equals=int((strength == strength.max()).sum()) - 1,
-        passing=None if passing is None else int(passing),
+        q=float(best["q"]),
+        passing=int(reaching.sum()) if detector.has_threshold else None,
+        weak=int(weak.sum()) if detector.has_threshold else 0,
         heads=len(rows),
         causal=_causal(verification, detector.name),
     )
+
+
+def remarks(run: RunLike, known: Catalogue) -> dict[str, str]:
+    """A sentence for each detector whose threshold is reached, but by no head that the null could not explain."""
+    scores = frame(run, "head_scores")
+    if scores is None:
+        return {}
+    found = {}
+    for detector in known:
+        rows = scores[(scores["detector"] == detector.name) & scores["value"].notna()]
+        reaching = detector.passes(rows["value"].to_numpy(float)) & detector.has_threshold
+        if reaching.any() and like_null(rows["q"].to_numpy(float))[reaching].all():
+            found[detector.name] = (
+                f"{reaching.sum()} of {len(rows)} heads reach the threshold; none is distinguished from the null."
+            )
+    return found
 
 
 def _causal(verification: pd.DataFrame | None, detector: str) -> Causal | None:
@@ -146,6 +181,10 @@ def _leading(finding: Finding) -> Markup:
     if finding.passing is not None:
         count = "no head reaches" if finding.passing == 0 else f"{finding.passing} of {finding.heads} heads reach"
         text += Markup("; {} {}").format(count, number(finding.detector.threshold))
+    if finding.weak_text:
+        text += Markup(", {}").format(finding.weak_text)
+    elif finding.like_null:
+        text += Markup(", not distinguished from the null")
     text += Markup(")")
     tested = finding.causal
     if tested is not None and tested.verdict.kind == "shown":

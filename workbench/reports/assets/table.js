@@ -64,12 +64,19 @@
       box.append("–");
       return box;
     }
-    box.classList.toggle("passes", reaches(column, value, column.threshold));
+    // the threshold alone makes no head: its score has to differ from the null as well
+    const reached = reaches(column, value, column.threshold);
+    const weak = reached && column.weak.includes(index);
+    box.classList.toggle("passes", reached && !weak);
+    box.classList.toggle("reaches", weak);
+    if (weak) box.title = "reaches the threshold, not distinguished from the null";
     box.style.setProperty("--share", `${Math.round((Math.abs(value) / tops[place]) * 100)}%`);
-    box.append(make("span", { class: "value" }, number(value, places[place])));
-    if (detailed) {
+    const shown = make("span", { class: "value" }, number(value, places[place]));
+    if (!detailed) box.append(shown);
+    else {
+      // q beside the value, the interval below: two lines, and columns narrow enough for eleven detectors
+      box.append(make("span", { class: "pair" }, make("span", { class: "q" }, `q ${probability(column.q[index])}`), shown));
       box.append(make("span", { class: "span" }, range(column, place, index)));
-      box.append(make("span", { class: "q" }, `q ${probability(column.q[index])}`));
       box.classList.toggle("weak", column.q[index] !== null && column.q[index] >= 0.05);
     }
     return box;
@@ -141,6 +148,25 @@
       show();
     });
   }
+
+  // paper has no pages to turn: all rows of the filter at once, and a word about those that it hides
+  let turned = null;
+  window.addEventListener("beforeprint", () => {
+    turned ??= { size: field("size").value, page: state.page };
+    field("size").value = "0";
+    const { kept } = show();
+    const hidden = heads.length - kept.length;
+    const note = root.querySelector(".left-out");
+    note.hidden = hidden === 0;
+    note.textContent = `${hidden} of ${heads.length} heads are left out by the filter that was set when this was printed.`;
+  });
+  window.addEventListener("afterprint", () => {
+    if (!turned) return;
+    field("size").value = turned.size;
+    state.page = turned.page;
+    turned = null;
+    show();
+  });
 
   // brings a head's row into view; clears filters that hide it
   report.markRow = (name) => {
