@@ -330,9 +330,66 @@ def make_run(tokens: list[str] | None = None, seed: int = 0) -> SyntheticRun:
     )
 
 
+ROW_STATISTICS, KEY_STATISTICS = ("entropy", "first_1", "lse"), ("column_mean",)
+
+
+def make_trace(tokens: list[str] | None = None, heads: int = HEADS) -> SyntheticRun:
+    """What `workbench trace` writes: values by position, their means, the tokens; L4H2 rests on the first token."""
+    rng = np.random.default_rng(1)
+    texts = tokens or TOKENS
+    shape = (1, LAYERS, heads, len(texts))
+    values = {
+        "entropy": np.abs(rng.normal(2, 0.6, shape)),
+        "first_1": rng.beta(2, 8, shape),
+        "lse": rng.normal(1, 3, shape),
+        "column_mean": rng.beta(1, 20, shape),
+    }
+    values["first_1"][0, 4, 2] = 0.97
+    values["first_1"][..., 0] = 1.0
+    values["entropy"][..., 0] = 0.0
+    dims = {name: ("prompt", "layer", "head", "key" if name in KEY_STATISTICS else "query") for name in values}
+    keys = rng.integers(0, len(texts), shape)
+    arrays = {name: (dims[name], found.astype(np.float32)) for name, found in values.items()}
+    data = xr.Dataset(arrays | {"argmax": (("prompt", "layer", "head", "query"), keys)})
+    means = [
+        (name, layer, head, float(found[0, layer, head].mean()))
+        for name, found in values.items()
+        for layer, head in np.ndindex(LAYERS, heads)
+    ]
+    manifest = _manifest() | {"kind": "trace", "title": "Attention of Synthetic-135M over one text"}
+    manifest["model"] = manifest["model"] | {"heads": heads}
+    return SyntheticRun(
+        manifest=manifest,
+        frames={
+            "tokens": pd.DataFrame({"position": range(len(texts)), "token_id": range(len(texts)), "text": texts}),
+            "statistic_means": pd.DataFrame(means, columns=["statistic", "layer", "head", "mean"]),
+        },
+        datasets={"statistics": data},
+    )
+
+
 @pytest.fixture(scope="session")
 def demo() -> SyntheticRun:
     return make_run()
+
+
+@pytest.fixture(scope="session")
+def traced() -> SyntheticRun:
+    return make_trace()
+
+
+@pytest.fixture(scope="session")
+def traced_with() -> Callable[..., SyntheticRun]:
+    return make_trace
+
+
+@pytest.fixture(scope="session")
+def by_hand(demo: SyntheticRun) -> SyntheticRun:
+    """What `workbench verify --heads L5H3,L18H6` writes."""
+    table = demo.table("verification").iloc[[1]].assign(detector="chosen", k=2, heads="L5H3 L18H6")
+    draws = demo.table("verification_draws").query("detector == 'induction' and k == 4").assign(detector="chosen", k=2)
+    manifest = demo.manifest | {"kind": "verify", "title": "Ablation of L5H3, L18H6 in Synthetic-135M"}
+    return SyntheticRun(manifest, {"verification": table, "verification_draws": draws})
 
 
 @pytest.fixture(scope="session")

@@ -303,35 +303,6 @@ def test_print_draws_all_figures_in_light_colours(visit: Callable[..., Any]) -> 
     assert page.evaluate("document.documentElement.dataset.theme ?? ''") == ""
 
 
-def test_controls_of_direction_cannot_reorder_the_page(
-    visit: Callable[..., Any], run_with_tokens: Callable[..., Any], tmp_path: Path
-) -> None:
-    tokens = ["a\u202ebc", " \u2066x", "\u05d0\u05d1", "z\u200f"] * 3
-    page = visit("#L18H6", url=write_report(run_with_tokens(tokens), tmp_path / "bidi.html").as_uri())
-    first = page.locator("#L18H6 .word").first
-    assert first.text_content() == "a\\u202ebc"
-    assert first.evaluate("word => getComputedStyle(word).unicodeBidi") == "isolate"
-    assert page.locator("#L18H6 .word").nth(2).text_content() == "\u05d0\u05d1", "letters of any script stay"
-    # words of a script that runs to the left keep the order of the tokens
-    lefts = [page.locator("#L18H6 .word").nth(i).bounding_box()["x"] for i in range(4)]
-    assert lefts == sorted(lefts)
-    controls = "/[\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069]/.test(document.documentElement.textContent)"
-    assert not page.evaluate(f"document.querySelectorAll('script').forEach(s => s.remove()), {controls}")
-
-
-def test_link_to_a_head_that_does_not_exist_is_answered(visit: Callable[..., Any]) -> None:
-    page = visit("#L99H9")
-    notice = page.locator("#unknown")
-    notice.wait_for()
-    assert "No head L99H9 in this model: it has 30 layers of 9 heads." in notice.text_content()
-    notice.locator("button").click()
-    assert not notice.is_visible()
-    page.evaluate("location.hash = '#L3H9'")
-    notice.wait_for()
-    page.evaluate("location.hash = '#L18H6'")
-    notice.wait_for(state="hidden")
-
-
 def test_print_has_every_row_of_the_table(visit: Callable[..., Any]) -> None:
     page = visit()
     page.click("[name=next]")
@@ -387,6 +358,57 @@ def test_score_like_the_null_is_marked_and_not_bold(visit: Callable[..., Any], d
     assert bars.nth(3).locator(".name").evaluate(weight) >= 600
     assert bars.nth(4).locator(".name").evaluate(weight) < 600
     assert "not distinguished" in bars.nth(4).text_content()
+
+
+def test_link_to_a_head_that_does_not_exist_is_answered(visit: Callable[..., Any]) -> None:
+    page = visit("#L99H9")
+    notice = page.locator("#unknown")
+    notice.wait_for()
+    assert "No head L99H9 in this model: it has 30 layers of 9 heads." in notice.text_content()
+    notice.locator("button").click()
+    assert not notice.is_visible()
+    page.evaluate("location.hash = '#L3H9'")
+    notice.wait_for()
+    page.evaluate("location.hash = '#L18H6'")
+    notice.wait_for(state="hidden")
+
+
+def test_trace_is_read_token_by_token(visit: Callable[..., Any], traced: Any, tmp_path: Path) -> None:
+    page = visit("#L4H2", url=write_report(traced, tmp_path / "trace.html").as_uri())
+    assert in_view(page, "#row-L4H2")
+    page.locator("[data-figure=statistic-1]").scroll_into_view_if_needed()
+    page.wait_for_selector("[data-figure=statistic-1] .hm")
+    view = page.locator("#reading")
+    view.locator("[name=statistic]").select_option(label="first token")
+    assert view.locator("[name=head] option:checked").text_content() == "L4H2"
+    words = view.locator(".word")
+    assert words.count() == 37
+    words.nth(9).hover()
+    assert "“the” at position 9, L4H2: first token 0.97" in view.locator(".says").text_content()
+    assert words.nth(9).evaluate("word => word.style.background") != ""
+    assert words.nth(0).evaluate("word => word.style.background") == "", "position 0 is left out of the colours"
+    view.locator("[name=head]").select_option(label="L7H2")
+    words.nth(9).focus()
+    page.keyboard.press("Home")
+    assert "at position 0, L7H2: first token 1.00" in view.locator(".says").text_content()
+
+
+def test_controls_of_direction_cannot_reorder_the_page(
+    visit: Callable[..., Any], run_with_tokens: Callable[..., Any], traced_with: Callable[..., Any], tmp_path: Path
+) -> None:
+    tokens = ["a\u202ebc", " \u2066x", "\u05d0\u05d1", "z\u200f"] * 3
+    page = visit("#L18H6", url=write_report(run_with_tokens(tokens), tmp_path / "bidi.html").as_uri())
+    first = page.locator("#L18H6 .word").first
+    assert first.text_content() == "a\\u202ebc"
+    assert first.evaluate("word => getComputedStyle(word).unicodeBidi") == "isolate"
+    assert page.locator("#L18H6 .word").nth(2).text_content() == "\u05d0\u05d1", "letters of any script stay"
+    # words of a script that runs to the left keep the order of the tokens
+    lefts = [page.locator("#L18H6 .word").nth(i).bounding_box()["x"] for i in range(4)]
+    assert lefts == sorted(lefts)
+    page = visit(url=write_report(traced_with(tokens), tmp_path / "bidi-trace.html").as_uri())
+    assert page.locator("#reading .word").first.text_content() == "a\\u202ebc"
+    controls = "/[\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069]/.test(document.documentElement.textContent)"
+    assert not page.evaluate(f"document.querySelectorAll('script').forEach(s => s.remove()), {controls}")
 
 
 def test_packed_file_draws_the_same(visit: Callable[..., Any], demo: Any, tmp_path: Path) -> None:

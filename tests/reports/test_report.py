@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from workbench.reports import BUDGET_BYTES, render, write_report
 from workbench.reports.cards import cards
 from workbench.reports.catalogue import catalogue
 from workbench.reports.payload import embed, packed, plotly_bundle
+from workbench.reports.statistics import pack, statistics
 
 NASTY = "</script><img src=x onerror=alert(1)>"
 
@@ -292,19 +294,67 @@ def test_trace_run_without_any_table(demo: Any) -> None:
     assert not {"heads", "all-heads", "patterns", "domains"} & set(found.ids)
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_controls_that_reorder_text_are_shown_as_escapes(demo: Any, run_with_tokens: Callable[..., Any]) -> None:
-    controls = [chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F)]
-    text = "".join(controls)
-    run = run_with_tokens(["a", *controls, "b"])
-    manifest = json.loads(json.dumps(demo.manifest)) | {"title": text, "command": text}
-    manifest["model"]["name"] = text
-    info = run.table("example_info").assign(title=text, caption=text)
-    source = render(replace(run, manifest=manifest, frames=run.frames | {"example_info": info}))
-    ours = source.replace(plotly_bundle(), "")
-    assert not set(controls) & set(ours)
-    assert Page(source).data()["tokens"]["needle"][1] == "\\u202a"
-    assert "<title>\\u202a" in source
+def test_trace_shows_its_statistics_and_nothing_of_detectors(traced: Any) -> None:
+    source = render(traced)
+    found = Page(source)
+    data = found.data()
+    assert [name for name in data["figures"] if name.startswith("statistic-")] == [f"statistic-{i}" for i in range(3)]
+    assert {"statistics", "text", "all-heads", "certificate", "provenance"} <= set(found.ids)
+    assert not {"maps", "heads", "ablation", "patterns", "domains"} & set(found.ids)
+    assert "etector" not in found.text
+    assert "workbench heads" not in found.text
+    assert "L4H2 for first token (0.97)" in found.text
+    assert "no interval and no null" in found.text
+    assert "argmax" in found.text[found.text.index("Without a mean") :][:60]
+    table = data["table"]
+    assert [column["name"] for column in table["columns"]] == ["entropy", "first_1", "lse", "column_mean"]
+    means = traced.table("statistic_means").set_index(["statistic", "layer", "head"])["mean"]
+    assert table["columns"][1]["value"][table["heads"].index("L4H2")] == pytest.approx(means["first_1", 4, 2], abs=1e-4)
+    links = {a["href"][1:] for tag, a in found.elements if tag == "a" and a.get("href", "").startswith("#")}
+    assert links <= {*found.ids, *table["heads"]}
+
+
+def test_trace_of_keys_alone_has_no_empty_section(traced: Any) -> None:
+    data = traced.array("statistics")[["column_mean", "argmax"]]
+    means = traced.table("statistic_means").query("statistic == 'column_mean'")
+    keys = replace(traced, frames=traced.frames | {"statistic_means": means}, datasets={"statistics": data})
+    found = Page(render(keys))
+    assert {"text", "all-heads"} <= set(found.ids)
+    assert not found.data()["figures"]
+    bare = replace(keys, frames={"tokens": traced.table("tokens"), "statistic_means": means.head(0)})
+    found = Page(render(bare))
+    assert "Without a mean" in found.text
+    assert not {"text", "all-heads", "maps", "ablation"} & set(found.ids)
+
+
+def test_token_view_of_a_trace_holds_the_values(traced: Any) -> None:
+    view = statistics(traced).view
+    place = view["heads"].index("L7H2")
+    packed_row = next(s for s in view["statistics"] if s["name"] == "lse")["rows"][place]
+    steps = np.frombuffer(base64.b64decode(packed_row["steps"]), dtype="<u2").astype(float)
+    values = packed_row["low"] + steps / 65_534 * (packed_row["high"] - packed_row["low"])
+    np.testing.assert_allclose(values, traced.array("statistics")["lse"].values[0, 7, 2], atol=1e-3)
+    assert pack(np.array([np.nan, 2.0, 4.0])) == {"low": 2.0, "high": 4.0, "steps": "//8AAP7/"}
+
+
+def test_token_view_of_a_long_trace_says_what_it_leaves_out(traced_with: Callable[..., Any]) -> None:
+    found = Page(render(traced_with([f" w{i}" for i in range(2_300)])))
+    view = found.data()["reading"]
+    assert len(view["tokens"]) == 2_000
+    assert "first 2,000 of 2,300 tokens are shown" in found.text
+    assert f"{len(view['heads'])} of 270 heads can be chosen" in found.text
+    assert "L4H2" in view["heads"], "the head with the highest mean is among them"
+
+
+def test_heads_chosen_by_hand_are_called_so(by_hand: Any) -> None:
+    found = Page(render(by_hand))
+    assert "2 heads chosen by hand, L5H3 and L18H6, were ablated together (mean ablation)." in found.text
+    assert "Induction loss goes from 1.21 to 2.58 nats per token" in found.text
+    for wrong in ("no head has been scored", "etector", "Chosen,", "top 2", "workbench heads"):
+        assert wrong not in found.text
+    assert "maps" not in found.ids
+    assert not [a for tag, a in found.elements if tag == "a" and a.get("href") in ("#maps", "#L5H3")]
+    assert "chosen by hand" in found.data()["figures"]["ablation"]["caption"]
 
 
 def weak_retrieval(demo: Any, q: float) -> Any:
@@ -336,6 +386,21 @@ def test_thresholds_of_either_sign_are_both_drawn(demo: Any) -> None:
     assert low < bars["active_dormant"].null_at < high
     assert len(bars["induction"].thresholds_at) == 1
     assert bars["entropy"].thresholds_at == ()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_controls_that_reorder_text_are_shown_as_escapes(demo: Any, run_with_tokens: Callable[..., Any]) -> None:
+    controls = [chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F)]
+    text = "".join(controls)
+    run = run_with_tokens(["a", *controls, "b"])
+    manifest = json.loads(json.dumps(demo.manifest)) | {"title": text, "command": text}
+    manifest["model"]["name"] = text
+    info = run.table("example_info").assign(title=text, caption=text)
+    source = render(replace(run, manifest=manifest, frames=run.frames | {"example_info": info}))
+    ours = source.replace(plotly_bundle(), "")
+    assert not set(controls) & set(ours)
+    assert Page(source).data()["tokens"]["needle"][1] == "\\u202a"
+    assert "<title>\\u202a" in source
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from workbench.reports.catalogue import Catalogue, catalogue
 from workbench.reports.charts import charts
 from workbench.reports.examples import Pattern, patterns, reach
 from workbench.reports.facts import checks, duration, model_facts, moment, run_facts, steps
-from workbench.reports.findings import findings, probes, remarks, summary, switching_heads, verification_rows
+from workbench.reports.findings import Finding, findings, probes, remarks, summary, switching_heads, verification_rows
 from workbench.reports.payload import size_of
 from workbench.reports.source import RunLike, frame
+from workbench.reports.statistics import Statistics, statistics, statistics_summary
 from workbench.reports.table import head_table
 
 # what may be left out, and how the report names it
@@ -39,16 +40,22 @@ class Content:
     manifest: Mapping[str, Any]
     texts: dict[str, Any]
     known: Catalogue
+    statistics: Statistics | None
     cards: list[Card]
     patterns: list[Pattern]
     figures: dict[str, dict[str, dict[str, Any]]]
     table: dict[str, Any] | None
     slim_table: dict[str, Any] | None
 
+    @property
+    def reading(self) -> dict[str, Any] | None:
+        """What the token view of a trace reads."""
+        return self.statistics.view if self.statistics is not None else None
+
     def sizes(self) -> dict[str, int]:
         """Bytes that each optional part takes in the file."""
         sizes = {part: size_of(figures) for part, figures in self.figures.items()}
-        sizes["tokens"] = size_of([p.payload() for p in self.patterns])
+        sizes["tokens"] = size_of([p.payload() for p in self.patterns]) + size_of(self.reading)
         if self.table is not None:
             sizes["details"] = size_of(self.table) - size_of(self.slim_table)
         return {part: size for part, size in sizes.items() if size > 0}
@@ -69,28 +76,39 @@ class Content:
             "table": self.slim_table if "details" in omit else self.table,
             "tokens": {p.example: list(p.tokens) for p in views},
             "patterns": {p.key: p.payload() for p in views},
+            "reading": None if "tokens" in omit else self.reading,
             "model": {name: self.manifest.get("model", {}).get(name) for name in ("layers", "heads")},
         }
 
 
 def build(run: RunLike) -> Content:
     """Reads the run once and computes everything that a report may show."""
-    known = catalogue(run)
+    known, measured = catalogue(run), statistics(run)
     # the large view starts with the head that has most to show
     found = sorted(patterns(run), key=lambda pattern: -reach(pattern.values))
     chosen = cards(run, known, found)
     leading = findings(run, known)
     verification = verification_rows(run, known)
+    by_hand = bool(verification) and all(row["by_hand"] for row in verification)
+    asks_scores = not (known or measured or by_hand)
     certificate = run.manifest.get("certificate", {})
     scores = frame(run, "head_scores")
+    if scores is None and measured is not None:
+        scores = measured.scores()
+    columns = list(known) or (measured.columns if measured is not None else [])
     texts: dict[str, Any] = {
         "title": run.title,
         "run_id": str(run.manifest.get("id", "")),
         "kind": str(run.manifest.get("kind", "run")),
         "created": moment(run.manifest.get("created")),
         "duration": duration(run),
+        # commands that would fill a section are named only where the run leaves a question open
+        "asks_scores": asks_scores,
+        "asks_ablation": not verification and (bool(known) or asks_scores),
+        "by_hand": by_hand,
+        "columns": columns,
         "remarks": remarks(run, known),
-        "summary": Markup(in_order(str(summary(run, known, leading)))),
+        "summary": Markup(in_order(str(_summary(run, known, leading, measured)))),
         "findings": leading,
         "verification": verification,
         "probes": probes(run),
@@ -107,12 +125,19 @@ def build(run: RunLike) -> Content:
         manifest=run.manifest,
         texts=texts,
         known=known,
+        statistics=measured,
         cards=chosen,
         patterns=found,
-        figures=charts(run, known, chosen, found),
-        table=head_table(scores, known),
-        slim_table=head_table(scores, known, details=False),
+        figures=charts(run, known, chosen, found, measured),
+        table=head_table(scores, columns),
+        slim_table=head_table(scores, columns, details=False),
     )
+
+
+def _summary(run: RunLike, known: Catalogue, leading: list[Finding], measured: Statistics | None) -> Markup:
+    if measured is not None and not known:
+        return statistics_summary(run, measured)
+    return summary(run, known, leading)
 
 
 def style_variables() -> Markup:

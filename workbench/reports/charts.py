@@ -17,14 +17,17 @@ from workbench.reports.catalogue import Catalogue
 from workbench.reports.examples import Pattern
 from workbench.reports.payload import figure_pair
 from workbench.reports.source import RunLike, frame
+from workbench.reports.statistics import Statistics
 
 Pair = dict[str, Any]
 
 
-def charts(run: RunLike, known: Catalogue, cards: list[Card], found: list[Pattern]) -> dict[str, dict[str, Pair]]:
+def charts(
+    run: RunLike, known: Catalogue, cards: list[Card], found: list[Pattern], measured: Statistics | None = None
+) -> dict[str, dict[str, Pair]]:
     """`{part: {figure id: figure}}` for all that the run's tables allow."""
     parts: dict[str, dict[str, Pair]] = {}
-    for part, name, draw in _plans(run, known, cards, found):
+    for part, name, draw in [*_plans(run, known, cards, found), *_statistics(measured)]:
         parts.setdefault(part, {})[name] = figure_pair(draw)
     return parts
 
@@ -52,6 +55,15 @@ def _plans(
         yield "ablation", "ablation", partial(_ablation, verification, draws, titles)
     for pattern in found:
         yield "patterns", f"pattern-{pattern.key}", partial(_pattern, pattern)
+
+
+def _statistics(measured: Statistics | None) -> Iterator[tuple[str, str, Callable[[bool], Any]]]:
+    means = None if measured is None else measured.scores()
+    if measured is None or means is None:
+        return
+    for index, entry in enumerate(measured.mapped):
+        if means.loc[means["detector"] == entry.info.name, "value"].notna().any():
+            yield "maps", f"statistic-{index}", partial(_map, means, entry.info.name, entry.info.as_row())
 
 
 def _map(scores: pd.DataFrame, detector: str, info: dict[str, Any], dark: bool) -> Any:

@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from workbench.figures.text import interval, number, probability, readable, signed
+from workbench.figures.text import BY_HAND, interval, number, probability, readable, signed
 from workbench.figures.verdict import Verdict, verdict
 from workbench.reports.catalogue import Catalogue, DetectorInfo, like_null
-from workbench.reports.source import RunLike, frame, head_name
+from workbench.reports.source import RunLike, frame, head_name, model_named
 
 
 @dataclass(frozen=True)
@@ -155,21 +155,57 @@ _SPOKEN_UNITS = ("nats", "bits")
 
 def summary(run: RunLike, known: Catalogue, found: list[Finding]) -> Markup:
     """One paragraph: the model, its leading heads, what ablations showed and did not show."""
-    model = run.manifest.get("model", {})
-    parts = [_opening(model, len(known))]
+    table = frame(run, "verification")
+    by_hand = [] if table is None else _by_hand(run, table[table["detector"] == BY_HAND])
+    parts = [] if by_hand and not known else [_opening(run, len(known))]
     parts += [_leading(finding) for finding in found]
-    parts += _balance(frame(run, "verification")) if found else []
+    parts += by_hand
+    parts += _balance(table) if found else []
     return Markup(" ").join(parts)
 
 
-def _opening(model: dict[str, Any], detectors: int) -> Markup:
-    layers, heads = model.get("layers"), model.get("heads")
-    shape = f" ({layers} layers of {heads} heads)" if layers and heads else ""
-    name = model.get("name") or "The model"
+def _opening(run: RunLike, detectors: int) -> Markup:
+    name = model_named(run)
     if not detectors:
-        return Markup("<strong>{}</strong>{} was read; no head has been scored in this run.").format(name, shape)
+        return Markup("{} was read; no head has been scored in this run.").format(name)
     read = "one detector" if detectors == 1 else f"{detectors} detectors"
-    return Markup("All heads of <strong>{}</strong>{} were scored by {}.").format(name, shape, read)
+    return Markup("All heads of {} were scored by {}.").format(name, read)
+
+
+def _by_hand(run: RunLike, rows: pd.DataFrame) -> list[Markup]:
+    """What ablating the heads that a user named did to each metric."""
+    parts = []
+    for heads, tests in rows.groupby("heads", sort=False):
+        names = str(heads).split()
+        listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+        one = len(names) == 1
+        parts.append(
+            Markup("In {}, {} chosen by hand, {}, {} ({} ablation).").format(
+                model_named(run),
+                "one head" if one else f"{len(names)} heads",
+                listed,
+                "was ablated" if one else "were ablated together",
+                ", ".join(dict.fromkeys(map(str, tests["how"]))),
+            )
+        )
+        parts += [_by_hand_effect(row) for row in tests.to_dict("records")]
+    return parts
+
+
+def _by_hand_effect(row: dict[str, Any]) -> Markup:
+    name = readable(row["metric"])
+    unit = f" {row['unit']}" if str(row.get("unit", "")).startswith(_SPOKEN_UNITS) else ""
+    spread = interval(row["low"], row["high"])
+    return Markup("{} goes from {} to {}{}: {}{}, and {} without random heads of the same layers. {}").format(
+        name[:1].upper() + name[1:],
+        number(row["baseline"]),
+        number(row["ablated"]),
+        unit,
+        signed(row["effect"]),
+        f" (95 % interval {spread})" if spread else "",
+        signed(row["control_effect"]),
+        verdict(row).sentence,
+    )
 
 
 def _leading(finding: Finding) -> Markup:
@@ -231,9 +267,10 @@ def verification_rows(run: RunLike, known: Catalogue) -> list[dict[str, Any]]:
 
 
 def _verification_row(row: dict[str, Any], known: Catalogue) -> dict[str, Any]:
+    k, by_hand = int(row["k"]), str(row["detector"]) == BY_HAND
     return {
-        "detector": known.get(str(row["detector"])).title,
-        "k": int(row["k"]),
+        "set": "Chosen by hand" if by_hand else f"{known.get(str(row['detector'])).title}, top {k}",
+        "by_hand": by_hand,
         "heads": str(row["heads"]).split(),
         "how": row["how"],
         "metric": readable(row["metric"]),

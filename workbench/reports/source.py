@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 import xarray as xr
+from markupsafe import Markup
 
 
 @runtime_checkable
@@ -41,6 +42,14 @@ def frame(run: RunLike, name: str) -> pd.DataFrame | None:
         # Equal scores stand in the order of their ranks, so that the first of them is the one to name.
         table = table.sort_values("rank", kind="stable", ignore_index=True)
     return None if table.empty else table
+
+
+def model_named(run: RunLike) -> Markup:
+    """The model's name and shape, to begin a sentence with."""
+    model = run.manifest.get("model", {})
+    layers, heads = model.get("layers"), model.get("heads")
+    shape = f" ({layers} layers of {heads} heads)" if layers and heads else ""
+    return Markup("<strong>{}</strong>{}").format(model.get("name") or "The model", shape)
 
 
 def head_name(layer: object, head: object) -> str:

@@ -30,7 +30,7 @@ from workbench.reports.payload import embed, packed, plotly_bundle
 from workbench.reports.source import RunLike
 
 BUDGET_BYTES = 8_000_000
-_SCRIPTS = ("core.js", "theme.js", "charts.js", "tokens.js", "table.js", "links.js")
+_SCRIPTS = ("core.js", "theme.js", "charts.js", "tokens.js", "statistics.js", "table.js", "links.js")
 
 
 def write_report(run: RunLike, path: str | Path, *, gallery: bool = False, budget_bytes: int = BUDGET_BYTES) -> Path:
@@ -85,6 +85,8 @@ def _page(content: Content, omit: frozenset[str], pack: bool) -> str:
         .render(
             **content.texts,
             known=content.known,
+            statistics=content.statistics,
+            has_reading=content.reading is not None and "tokens" not in omit,
             cards=content.cards,
             patterns=[] if "tokens" in omit and "patterns" in omit else content.patterns,
             figures=figures,
