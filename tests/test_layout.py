@@ -19,6 +19,7 @@ OUTER_FOLDERS = ("probes", "kernels", "apps", "datasets", "reports")
 PARTS = ("kernels", "models", "tracing", "tasks", "heads", "runs", "figures", "reports", "cli")
 MODULE_LINES = 400
 FUNCTION_LINES = 60
+KERNEL_LINES = 100
 HEAVY = {"torch", "transformers", "dash", "transformer_lens", "nnsight", "pandas", "plotly"}
 
 
@@ -72,7 +73,9 @@ def test_functions_are_short() -> None:
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
-            if lines > FUNCTION_LINES:
+            # A kernel is a straight run of loads and stores, with a page of parameters.
+            kernel = any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+            if lines > (KERNEL_LINES if kernel else FUNCTION_LINES):
                 long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {lines} lines")
     assert not long, f"over {FUNCTION_LINES} lines:\n" + "\n".join(long)
 
@@ -93,7 +96,7 @@ def test_what_the_package_imports_is_declared() -> None:
 
 def test_the_lock_satisfies_what_is_declared() -> None:
     lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
-    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pins = dict(line.partition(";")[0].strip().split("==") for line in lines if line and not line.startswith("#"))
     versions = {_normal(name): version for name, version in pins.items()}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for line in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:

@@ -21,8 +21,10 @@ from workbench.kernels import (
 )
 
 EVERYTHING = StatisticsRequest(
-    output=True, lse=True, max_prob=True, argmax=True, top_k=5, entropy=True, distance=True, first=(1, 4),
-    recent=(1, 16), offsets=(0, -1, -7, -63), sink_mass=True, column_sum=True, column_max=True, column_last=(3, 64, 7),
+    output=True, lse=True, max_logit=True, max_prob=True, argmax=True, top_k=5, entropy=True, distance=True,
+    spread=True, mean_logit=True, first_logit=True, first=(1, 4), recent=(1, 16), offsets=(0, -1, -7, -63),
+    above=(0.1, 0.01), sink_mass=True, column_sum=True, column_max=True, column_last=(3, 64, 7), column_above=(0.2,),
+    block=16, diagonal=True, diagonal_last=9,
 )  # fmt: skip
 LINEAR = StatisticsRequest(
     output=True, lse=True, entropy=True, distance=True, first=(1, 4), offsets=(0, -1, -7), sink_mass=True
@@ -68,6 +70,9 @@ def check(
     heads, kv_heads = options.pop("heads", (3, 1))
     q, k, v, features, slots = make(length, heads, kv_heads, batch, queries=queries, seed=length)
     arguments = {"key_features": features, "query_keys": slots, "key_start": start, "key_end": end} | options
+    if implementation == "blocks":
+        arguments["value_features"] = torch.randn(batch, kv_heads, length, 2)
+        arguments["query_weights"] = torch.rand(batch, 2, q.shape[2])
     truth = attention_statistics(q, k, v, request, implementation="reference", **arguments)
     found = attention_statistics(q, k, v, request, implementation=implementation, **arguments)
     compare(found, truth)

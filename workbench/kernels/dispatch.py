@@ -1,7 +1,8 @@
 """The one entry to attention statistics, and to attention itself.
 
-Two implementations stand behind `attention_statistics`: `reference` (float64, the full matrix, the oracle) and
-`blocks` (one streaming pass in torch, any device). `attention_output` is attention without statistics: stock
+Four implementations stand behind `attention_statistics`: `reference` (float64, the full matrix, the oracle),
+`blocks` (one streaming pass in torch, any device), `identities` (stock fused attention, for linear statistics) and
+`triton` (our kernels: CUDA, or Triton's interpreter). `attention_output` is attention without statistics: stock
 `scaled_dot_product_attention` wherever that computes the model's attention, `blocks` where it cannot (a window
 shorter than the prompt, soft-capped logits, learned sinks).
 """
@@ -9,7 +10,8 @@ shorter than the prompt, soft-capped logits, learned sinks).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -21,13 +23,21 @@ from workbench.kernels.blocks import blocked_statistics
 from workbench.kernels.geometry import Geometry
 from workbench.kernels.identities import identities_reach, sdpa_statistics
 from workbench.kernels.reference import attention_pattern, reference_statistics
-from workbench.kernels.request import MAX_FEATURES, AttentionStatistics, StatisticsRequest
+from workbench.kernels.request import MAX_FEATURES, WIDEST, AttentionStatistics, StatisticsRequest
 
-Implementation = Literal["auto", "reference", "identities", "blocks"]
+
+def _triton_statistics(*args: Any, **options: Any) -> AttentionStatistics:
+    from workbench.kernels.fused.launch import fused_statistics
+
+    return fused_statistics(*args, **options)
+
+
+Implementation = Literal["auto", "reference", "identities", "blocks", "triton"]
 IMPLEMENTATIONS: dict[str, Callable[..., AttentionStatistics]] = {
     "reference": reference_statistics,
     "identities": sdpa_statistics,
     "blocks": blocked_statistics,
+    "triton": _triton_statistics,
 }
 
 
@@ -45,7 +55,10 @@ def attention_statistics(
     key_start: Int[Tensor, " batch"] | None = None,
     key_end: Int[Tensor, " batch"] | None = None,
     key_features: Float[Tensor, "batch key feature"] | None = None,
+    value_features: Float[Tensor, "batch kv_head key value_feature"] | None = None,
     query_keys: Int[Tensor, "batch query slot"] | None = None,
+    query_weights: Float[Tensor, "batch weighting query"] | None = None,
+    lse: Float[Tensor, "batch head query"] | None = None,
     implementation: Implementation = "auto",
 ) -> AttentionStatistics:
     """Exact statistics of softmax attention, without an array of size Q x K (but for `reference`).
@@ -59,46 +72,70 @@ def attention_statistics(
         sinks: a learned logit per query head that takes part in the softmax and has no value (gpt-oss).
         key_start, key_end: the run of real keys of each prompt; padding before or after it is never seen.
         key_features: functions of the key; their attention-weighted sums come back as `features`.
+        value_features: functions of the key per KV head (|v|, v.u for a direction u), likewise as `value_features`.
         query_keys: key indices per query (-1: none); the mass on them comes back as `at_keys`.
+        query_weights: weights of the queries; weighted column sums come back as `column_weighted`.
+        lse: the log-sum-exp from an earlier call on the same tensors; spares `triton` the row pass where only
+            columns, maps or single entries are asked for.
         implementation: "auto" takes the fastest that reaches the request.
 
     Raises:
         RequestError: shapes that do not belong together, or an implementation that cannot serve the request.
     """
     geometry = Geometry(q.shape[0], q.shape[2], k.shape[2], causal, window, key_start, key_end)
-    if q.shape[1] % k.shape[1]:
-        raise RequestError(f"{q.shape[1]} query heads cannot share {k.shape[1]} KV heads: not a multiple.")
-    if key_features is not None and key_features.shape[-1] > MAX_FEATURES:
-        raise RequestError(f"{key_features.shape[-1]} key features were given; at most {MAX_FEATURES} fit one pass.")
-    reached = identities_reach(
-        request, geometry, q.dtype, softcap=softcap, sinks=sinks, features=key_features is not None
-    )
-    chosen = _choose(implementation, reached, q.device.type)
+    columns = _check(q, k, request, causal, key_features, value_features)
+    reached = identities_reach(request, geometry, q.dtype, softcap=softcap, sinks=sinks, features=columns > 0)
+    reached = reached and value_features is None and query_weights is None
+    chosen = _choose(implementation, reached, q, v)
+    call = (q, k, v, request, geometry)
     with torch.no_grad():
         return IMPLEMENTATIONS[chosen](
-            q,
-            k,
-            v,
-            request,
-            geometry,
+            *call,
             scale=q.shape[-1] ** -0.5 if scale is None else scale,
             softcap=softcap,
             sinks=sinks,
             key_features=key_features,
+            value_features=value_features,
             query_keys=query_keys,
+            query_weights=query_weights,
+            **({"lse": lse} if chosen == "triton" else {}),
         )
 
 
-def _choose(asked: Implementation, reached: bool, device: str) -> Implementation:
-    """On a CPU the block pass costs no more than SDPA itself; on a GPU the fused kernel wins where it suffices."""
+def _check(
+    q: Tensor, k: Tensor, request: StatisticsRequest, causal: bool, shared: Tensor | None, own: Tensor | None
+) -> int:
+    """Refuse what does not belong together; returns how many functions of the key there are."""
+    if q.shape[1] % k.shape[1]:
+        raise RequestError(f"{q.shape[1]} query heads cannot share {k.shape[1]} KV heads: not a multiple.")
+    columns = sum(x.shape[-1] for x in (shared, own) if x is not None)
+    if columns > MAX_FEATURES:
+        raise RequestError(f"{columns} key features were given; at most {MAX_FEATURES} fit one pass.")
+    if (request.diagonal or request.diagonal_last) and not causal:
+        raise RequestError("Diagonal sums count distances back from the query; they need causal attention.")
+    return columns
+
+
+def _choose(asked: Implementation, reached: bool, q: Tensor, v: Tensor) -> Implementation:
+    """On CUDA the Triton kernels, where Triton is and heads are not too wide; on a CPU blocks, which cost less there
+    than stock attention with replaced values."""
     if asked == "auto":
-        return "identities" if reached and device == "cuda" else "blocks"
+        if q.device.type != "cuda":
+            return "blocks"
+        return (
+            "triton" if triton_takes(max(q.shape[-1], v.shape[-1]), q.dtype) else "identities" if reached else "blocks"
+        )
     if asked == "identities" and not reached:
         raise RequestError(
             "The linear identities reach neither maxima, columns, windows, soft caps nor learned sinks, and in half "
             "precision no entropy, distance or features; ask for implementation='blocks'."
         )
     return asked
+
+
+def triton_takes(width: int, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernels take heads of this width and dtype."""
+    return find_spec("triton") is not None and width <= WIDEST and dtype != torch.float64
 
 
 def attention_output(
@@ -127,7 +164,8 @@ def attention_output(
             q, k, geometry, scale=scale, softcap=softcap, sinks=sinks, dtype=torch.promote_types(q.dtype, torch.float32)
         )
         return pattern.to(q.dtype) @ v.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    found = blocked_statistics(
+    fused = q.device.type == "cuda" and triton_takes(max(q.shape[-1], v.shape[-1]), q.dtype)
+    found = (_triton_statistics if fused else blocked_statistics)(
         q, k, v, StatisticsRequest(output=True), geometry, scale=scale, softcap=softcap, sinks=sinks
     )
     assert found.output is not None

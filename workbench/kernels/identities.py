@@ -36,7 +36,18 @@ def identities_reach(
         return False
     plain = softcap is None and sinks is None and geometry.window_of(geometry.keys) is None
     square = geometry.causal and geometry.queries == geometry.keys
-    return plain and square and not (request.needs_maxima or request.needs_columns or request.recent)
+    return (
+        plain
+        and square
+        and not (
+            request.needs_maxima
+            or request.needs_columns
+            or request.recent
+            or request.spread
+            or request.mean_logit
+            or request.first_logit
+        )
+    )
 
 
 def sdpa_statistics(
@@ -50,7 +61,9 @@ def sdpa_statistics(
     softcap: float | None = None,
     sinks: Float[Tensor, " head"] | None = None,
     key_features: Float[Tensor, "batch key feature"] | None = None,
+    value_features: None = None,
     query_keys: Int[Tensor, "batch query slot"] | None = None,
+    query_weights: None = None,
 ) -> AttentionStatistics:
     """The linear statistics, each from one call of fused attention; the contract of `attention_statistics`."""
     parts: dict[str, Tensor] = {}

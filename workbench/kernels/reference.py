@@ -50,7 +50,9 @@ def reference_statistics(
     softcap: float | None = None,
     sinks: Float[Tensor, " head"] | None = None,
     key_features: Float[Tensor, "batch key feature"] | None = None,
+    value_features: Float[Tensor, "batch kv_head key value_feature"] | None = None,
     query_keys: Int[Tensor, "batch query slot"] | None = None,
+    query_weights: Float[Tensor, "batch weighting query"] | None = None,
 ) -> AttentionStatistics:
     """All requested statistics from the explicit matrix; the contract of `attention_statistics`."""
     a, lse = attention_pattern(q, k, geometry, scale=scale, softcap=softcap, sinks=sinks)
@@ -63,19 +65,8 @@ def reference_statistics(
     start = torch.zeros(a.shape[0], device=q.device) if geometry.start is None else geometry.start
     end = torch.full_like(start, a.shape[3]) if geometry.end is None else geometry.end
     from_start = columns[None] - start[:, None]
+
     top_keys, top_mass = _top(a, visible, request.top_k)
-    sink = None
-    if request.sink_mass:
-        sink = torch.where(seen, 1.0 - a.sum(-1), 0.0) if sinks is not None else torch.zeros_like(lse)
-
-    def at_offset(offset: int) -> Tensor:
-        hit = (columns[None, :] == rows[:, None] + offset).double()
-        return torch.einsum("b h i j, i j -> b h i", a, hit)
-
-    def last(size: int) -> Tensor:
-        recent_rows = rows[None] >= (end - size)[:, None]
-        return torch.einsum("b h i j, b i -> b h j", a, recent_rows.double())
-
     statistics = {
         "output": torch.einsum("b h i j, b h j d -> b h i d", a, values) if request.output else None,
         "lse": lse if request.lse else None,
@@ -84,20 +75,88 @@ def reference_statistics(
         "distance": (a * distance).sum(-1) if request.distance else None,
         "first": _stack([torch.einsum("b h i j, b j -> b h i", a, (from_start < s).double()) for s in request.first]),
         "recent": _stack([(a * (distance < w)).sum(-1) for w in request.recent]),
-        "offsets": _stack([at_offset(o) for o in request.offsets]),
-        "features": None
-        if key_features is None
-        else torch.einsum("b h i j, b j c -> b h i c", a, key_features.double()),
+        "offsets": _stack([(a * (distance == -o)).sum(-1) for o in request.offsets]),
+        "features": None if key_features is None else a @ key_features.double()[:, None],
         "at_keys": None if query_keys is None else _gather(a, query_keys),
-        "sink_mass": sink,
         "top_mass": top_mass,
         "column_sum": a.sum(2) if request.column_sum else None,
         "column_max": a.amax(2) if request.column_max else None,
-        "column_last": _stack([last(w) for w in request.column_last], dim=2),
+        "column_last": _stack(
+            [(a * (rows >= (end - w)[:, None])[:, None, :, None]).sum(2) for w in request.column_last], dim=2
+        ),
     }
     argmax = torch.where(seen, a.argmax(-1), -1) if request.argmax else None
+    statistics |= _logits(q, k, request, visible, seen, scale, softcap) | _pooled(a, request, end)
+    statistics |= _given(a, value_features, query_weights)
+    if request.sink_mass:
+        statistics["sink_mass"] = (
+            torch.where(seen, 1.0 - a.sum(-1), 0.0) if sinks is not None else torch.zeros_like(lse)
+        )
+    if request.spread:
+        share = a / a.sum(-1, keepdim=True).clamp(min=1e-300)
+        mean = (share * distance).sum(-1, keepdim=True)
+        statistics["spread"] = (share * (distance - mean) ** 2).sum(-1).sqrt()
+    column_above = _stack([_first_above(a, level) for level in request.column_above], dim=2)
     floats = {name: None if value is None else value.float() for name, value in statistics.items()}
-    return AttentionStatistics(argmax=argmax, top_keys=top_keys, **floats)
+    return AttentionStatistics(argmax=argmax, top_keys=top_keys, column_above=column_above, **floats)
+
+
+def _logits(
+    q: Tensor, k: Tensor, request: StatisticsRequest, visible: Tensor, seen: Tensor, scale: float, cap: float | None
+) -> dict[str, Tensor | None]:
+    """Maximum, mean and first of the visible logits."""
+    if not (request.max_logit or request.mean_logit or request.first_logit):
+        return {}
+    keys = k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    logits = q.double() @ keys.transpose(-1, -2) * scale
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    top = torch.where(seen, logits.masked_fill(~visible, float("-inf")).amax(-1), 0.0)
+    mean = (logits * visible).sum(-1) / visible.sum(-1).clamp(min=1)
+    first = logits.gather(-1, visible.int().argmax(-1, keepdim=True).expand(*logits.shape[:3], 1))[..., 0] * seen
+    return {
+        "max_logit": top if request.max_logit else None,
+        "mean_logit": mean if request.mean_logit else None,
+        "first_logit": first if request.first_logit else None,
+    }
+
+
+def _last_rows(geometry: Geometry, end: Tensor, size: int) -> Tensor:
+    rows = torch.arange(geometry.queries, device=end.device) + geometry.query_offset
+    return (rows >= (end - size)[:, None])[:, None, :, None]
+
+
+def _given(a: Tensor, functions: Tensor | None, weights: Tensor | None) -> dict[str, Tensor | None]:
+    """Sums of each KV head's functions of the key, and over weighted queries."""
+    found: dict[str, Tensor | None] = {}
+    if functions is not None:
+        found["value_features"] = a @ functions.double().repeat_interleave(a.shape[1] // functions.shape[1], dim=1)
+    if weights is not None:
+        found["column_weighted"] = torch.einsum("b h i j, b m i -> b h m j", a, weights.double())
+    return found
+
+
+def _pooled(a: Tensor, request: StatisticsRequest, end: Tensor) -> dict[str, Tensor | None]:
+    """Counts, diagonals and blocks."""
+    queries, keys = a.shape[2:]
+    place = torch.arange(queries, device=a.device) + keys - queries
+    found: dict[str, Tensor | None] = {"above": _stack([(a > level).double().sum(-1) for level in request.above])}
+    for name, last in (("diagonal", queries if request.diagonal else 0), ("diagonal_last", request.diagonal_last)):
+        if last:
+            counted = ((place >= (end - last)[:, None]) & (place < end[:, None]))[:, None, :, None]
+            along = [(a * counted).diagonal(keys - queries - d, -2, -1).sum(-1) for d in range(keys)]
+            found[name] = torch.stack(along, dim=-1)
+    if request.block:
+        b = request.block
+        whole = torch.nn.functional.pad(a, (0, -keys % b, 0, -queries % b))
+        parts = whole.unflatten(-1, (-1, b)).unflatten(-3, (-1, b))  # type: ignore[no-untyped-call]
+        found |= {"block_sum": parts.sum((-3, -1)), "block_max": parts.amax((-3, -1))}
+    return found
+
+
+def _first_above(a: Tensor, level: float) -> Tensor:
+    """The first query whose entry exceeds `level`, -1 where none does."""
+    hit = a > level
+    return torch.where(hit.any(2), hit.int().argmax(2), -1)
 
 
 def _stack(parts: list[Tensor], dim: int = -1) -> Tensor | None:

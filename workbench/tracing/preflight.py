@@ -16,8 +16,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from workbench.kernels import Geometry, StatisticsRequest
-from workbench.kernels.blocks import GROUP, plan_tiles
+from workbench.kernels.blocks import plan_tiles
+from workbench.kernels.dispatch import triton_takes
 from workbench.kernels.identities import identities_reach
+from workbench.kernels.tile import GROUP
 from workbench.models import Attachment, Batch, LayerSpec
 from workbench.models.memory import BodyCost, Mark, Prediction
 from workbench.tracing.plan import Plan
@@ -196,8 +198,18 @@ class Preflight:
         """While the kernel runs: what it is given, its results, and its own work."""
         shape, (features, slots) = self.spec.layers[layer], self._columns()
         given = piece.prompts * piece.tokens * (features * FLOAT + slots * 8)
+        if self.device == "cuda" and triton_takes(shape.head_dim, self.attachment.dtype):
+            work = self._fused(piece, shape, features)
+        elif self.device == "cuda" and self._reached(piece, shape, features):
+            work = self._identities(piece, shape)
+        else:
+            work = _blocks(piece, shape, self.plan.request, features, self.element, self.device)
+        return given + self._results(piece, shape) + work
+
+    def _reached(self, piece: Piece, shape: LayerSpec, features: int) -> bool:
+        """Whether stock attention with replaced values serves the request."""
         geometry = Geometry(piece.prompts, piece.tokens, piece.tokens, True, _window(shape, piece))
-        reached = not shape.sinks and identities_reach(
+        return not shape.sinks and identities_reach(
             self.plan.request,
             geometry,
             self.attachment.dtype,
@@ -205,11 +217,14 @@ class Preflight:
             sinks=None,
             features=features > 0,
         )
-        if self.device == "cuda" and reached:
-            work = self._identities(piece, shape)
-        else:
-            work = _blocks(piece, shape, self.plan.request, features, self.element, self.device)
-        return given + self._results(piece, shape) + work
+
+    def _fused(self, piece: Piece, shape: LayerSpec, features: int) -> int:
+        """Beside results: the log-sum-exp and what maxima are read from, lists of top-k as wide as a power of two,
+        and functions of the key in two halves."""
+        rows, request = piece.prompts * shape.heads * piece.tokens, self.plan.request
+        wide = 1 << (request.top_k - 1).bit_length() if request.top_k else 0
+        stacked = 2 * len(request.column_last)
+        return rows * (4 + 3 * wide + stacked) * FLOAT + piece.prompts * piece.tokens * features * 2 * self.element
 
     def _identities(self, piece: Piece, shape: LayerSpec) -> int:
         """Keys and values repeated for all heads, an output, and three float32 products for the entropy."""

@@ -1,0 +1,118 @@
+"""One attention call as the kernels take it: tensors, strides, and what they are specialised on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import log
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workbench.kernels.geometry import Geometry
+
+LN2 = log(2.0)
+
+
+@dataclass(frozen=True)
+class FusedCall:
+    """An attention call: q `[B,H,Q,D]`, k and v `[B,Hk,K,D]` (unit stride along the last axis)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    geometry: Geometry
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def group(self) -> int:
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def exact(self) -> bool:
+        """Float32 inputs are multiplied in float32, never in TF32."""
+        return self.q.dtype == torch.float32
+
+    @cached_property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """First and end of each prompt's real keys."""
+        start, end, device = self.geometry.start, self.geometry.end, self.q.device
+        low = (
+            torch.zeros(len(self.q), dtype=torch.int32, device=device)
+            if start is None
+            else start.to(device, torch.int32)
+        )
+        high = torch.full_like(low, self.geometry.keys) if end is None else end.to(device, torch.int32)
+        return low, high
+
+    @cached_property
+    def real_rows(self) -> Tensor:
+        """Queries that are no padding, `[batch, 1, query]`: each of them sees a key."""
+        place = torch.arange(self.geometry.queries, device=self.q.device) + self.geometry.query_offset
+        low, high = self.bounds
+        real = (place >= low[:, None]) & (place < high[:, None])
+        return (real if self.geometry.causal else real & (high > low)[:, None])[:, None]
+
+    @cached_property
+    def visible_keys(self) -> Tensor:
+        """How many keys each query sees, `[batch, 1, query]`, at least 1."""
+        place = torch.arange(self.geometry.queries, device=self.q.device) + self.geometry.query_offset
+        low, high = (bound[:, None].expand(-1, len(place)) for bound in self.bounds)
+        if self.geometry.causal:
+            high = torch.minimum(high, place + 1)
+        if self.geometry.window is not None:
+            low = torch.maximum(low, place - self.geometry.window + 1)
+        return (high - low).clamp(min=1)[:, None]
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """What every kernel is specialised on."""
+        return {
+            "GROUP": self.group,
+            "D_PAD": power(self.q.shape[-1]),
+            "CAUSAL": self.geometry.causal,
+            "WINDOW": self.geometry.window_of(self.geometry.keys) is not None,
+            "SOFTCAP": self.softcap is not None,
+            "PADDED": self.geometry.start is not None or self.geometry.end is not None,
+        }
+
+    @property
+    def numbers(self) -> tuple[float, float, int]:
+        """Base-2 scale, soft cap and window."""
+        return self.scale / LN2, self.softcap or 1.0, self.geometry.window or 0
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Heads, queries and keys."""
+        return self.heads, self.geometry.queries, self.geometry.keys
+
+    @property
+    def even(self) -> bool:
+        """Whether a tile that touches no edge needs no bounds at all."""
+        dim, values = self.q.shape[-1], self.v.shape[-1]
+        return dim == power(dim) and values == power(values)
+
+    def empty(self, *tail: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """An array per batch and query head; every kernel writes all of it."""
+        return self.q.new_empty(*self.q.shape[:2], *tail, dtype=dtype)
+
+    def none(self) -> Tensor:
+        """Stands for an array that a kernel does not touch."""
+        return self.q
+
+
+def power(width: int) -> int:
+    """The width of a tile that holds `width` columns: a power of two, 16 at least (tensor cores)."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def strides(x: Tensor) -> tuple[int, ...]:
+    """All but the last axis's."""
+    return x.stride()[:-1]

@@ -1,0 +1,54 @@
+"""Launches of the feature kernel."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from workbench.kernels.fused.call import FusedCall, power, strides
+from workbench.kernels.fused.features import feature_kernel
+from workbench.kernels.fused.tuning import tiles_for
+
+
+def features(call: FusedCall, lse: Tensor, shared: Tensor | None, own: Tensor | None) -> dict[str, Tensor]:
+    """Sums of functions of the key that all heads share `[B, K, C]`, and of each KV head's own `[B, Hk, K, C]`."""
+    found = {}
+    if shared is not None:
+        found["features"] = _launch(call, lse, shared[:, None])
+    if own is not None:
+        found["value_features"] = _launch(call, lse, own)
+    return found
+
+
+def _halves(call: FusedCall, functions: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Functions in the dtype of the products, and what rounding to half precision took from them."""
+    if call.exact or functions.dtype == torch.bool:
+        whole = functions.to(call.q.dtype).contiguous()
+        return whole, whole, False
+    high = functions.to(call.q.dtype).contiguous()
+    return high, (functions.float() - high.float()).to(call.q.dtype).contiguous(), True
+
+
+def _launch(call: FusedCall, lse: Tensor, functions: Tensor) -> Tensor:
+    tiles = tiles_for("features", call.q.shape[-1], call.q.dtype, call.q.device)
+    high, low, split = _halves(call, functions)
+    needed = torch.nn.functional.pad((functions != 0).any(-1), (0, -call.geometry.keys % tiles.keys))
+    used = needed.unflatten(-1, (-1, tiles.keys)).any(-1)  # type: ignore[no-untyped-call]
+    # Used tiles first, in order, without asking the device how many there are.
+    order = used.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    before = torch.nn.functional.pad(used.cumsum(-1), (1, 0)).to(torch.int32)
+    width = functions.shape[-1]
+    out = call.empty(call.geometry.queries, width)
+
+    def lanes(x: Tensor) -> tuple[int, ...]:
+        """Strides of batch and KV head, the latter zero where heads share."""
+        return x.stride(0), 0 if x.shape[1] == 1 else x.stride(1)
+
+    feature_kernel[(triton.cdiv(call.geometry.queries, tiles.rows), len(call.q) * call.heads)](
+        call.q, call.k, lse, high, low, order, before, *call.bounds, out, *strides(call.q), *strides(call.k),
+        *lanes(high), high.stride(2), *lanes(order), *lanes(before), *call.sizes, *call.numbers, call.q.shape[-1],
+        C=width, C_PAD=power(width), M=tiles.rows, N=tiles.keys, EXACT=call.exact, SPLIT=split,
+        num_warps=tiles.warps, num_stages=tiles.stages, **call.flags,
+    )  # fmt: skip
+    return out

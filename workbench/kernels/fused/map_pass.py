@@ -1,0 +1,76 @@
+"""Launches of the kernels that pool attention into blocks and along diagonals."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.functional import pad
+
+from workbench.kernels.fused.call import FusedCall, power, strides
+from workbench.kernels.fused.maps import block_kernel, diagonal_kernel
+from workbench.kernels.fused.tuning import tiles_for
+
+# Tiles that are skewed are square.
+DIAGONAL = 64
+
+
+def block_maps(call: FusedCall, block: int, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and maximum of every block x block part, `[batch, head, block row, block column]`."""
+    sums, tops = _blocks(call, block, lse, None, None)
+    assert tops is not None
+    return sums, tops
+
+
+def removal_map(call: FusedCall, block: int, lse: Tensor, gradient: Tensor, delta: Tensor) -> Tensor:
+    """Block sums of the absolute first-order effect of removing an entry, given dO and D = dO . o."""
+    return _blocks(call, block, lse, gradient, delta)[0]
+
+
+def _blocks(
+    call: FusedCall, block: int, lse: Tensor, gradient: Tensor | None, delta: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    tiles = tiles_for("blocks", call.q.shape[-1], call.q.dtype, call.q.device)
+    base = min(block, tiles.rows, tiles.keys)
+    shape = triton.cdiv(call.geometry.queries, base), triton.cdiv(call.geometry.keys, base)
+    sums = call.empty(*shape).zero_()
+    tops = None if gradient is not None else torch.zeros_like(sums)
+    none = call.none()
+    block_kernel[(triton.cdiv(call.geometry.queries, tiles.rows), len(call.q) * call.heads)](
+        call.q, call.k, call.v, lse, none if gradient is None else gradient, none if delta is None else delta,
+        *call.bounds, sums, none if tops is None else tops, *strides(call.q), *strides(call.k), *strides(call.v),
+        *call.sizes, *shape, *call.numbers, call.q.shape[-1], call.v.shape[-1],
+        DV_PAD=power(call.v.shape[-1]), M=tiles.rows, N=tiles.keys, B=base, EXACT=call.exact,
+        MAXIMUM=tops is not None, REMOVAL=gradient is not None, num_warps=tiles.warps, num_stages=tiles.stages,
+        **call.flags,
+    )  # fmt: skip
+    if base < block:
+        sums = pooled(sums, block // base, "sum")
+        tops = None if tops is None else pooled(tops, block // base, "max")
+    return sums, tops
+
+
+def pooled(maps: Tensor, factor: int, how: str) -> Tensor:
+    """The next level of a pyramid: `factor` x `factor` blocks become one."""
+    padded = pad(maps, (0, -maps.shape[-1] % factor, 0, -maps.shape[-2] % factor))
+    parts = padded.unflatten(-1, (-1, factor)).unflatten(-3, (-1, factor))  # type: ignore[no-untyped-call]
+    result: Tensor = parts.sum((-3, -1)) if how == "sum" else parts.amax((-3, -1))
+    return result
+
+
+def diagonals(call: FusedCall, last: int, lse: Tensor) -> Tensor:
+    """Sum over the last `last` queries of the mass at each distance, `[batch, head, distance]`."""
+    keys = call.geometry.keys
+    count = triton.cdiv(keys, DIAGONAL) + 1
+    out = call.empty(count, 2, DIAGONAL)
+    low, high = call.bounds
+    # The last queries of a padded prompt end where its keys do.
+    first = (high - call.geometry.query_offset - last).clamp(min=0)
+    diagonal_kernel[(count, len(call.q) * call.heads)](
+        call.q, call.k, lse, low, high, first, out, *strides(call.q), *strides(call.k), *call.sizes, *call.numbers,
+        call.q.shape[-1], N=DIAGONAL, EXACT=call.exact, num_warps=4, num_stages=1,
+        **call.flags,
+    )  # fmt: skip
+    near, far = out[..., 0, :], out[..., 1, :]
+    total = near[:, :, :-1] + far[:, :, 1:]
+    return total.flatten(2)[..., :keys]
