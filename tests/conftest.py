@@ -8,11 +8,15 @@ import random
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 SEED = 20240229
 
 # Read once, on the first import of huggingface_hub; a test must never wait for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Read on the first import of triton, whoever imports it: without a CUDA device, kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_report_header() -> str:
@@ -24,7 +28,6 @@ def pytest_report_header() -> str:
 def seed() -> int:
     """The same random numbers in every test, in whatever order the tests run."""
     import numpy as np
-    import torch
 
     random.seed(SEED)
     np.random.seed(SEED)  # noqa: NPY002 (libraries that draw from the global generator)
@@ -36,7 +39,6 @@ def seed() -> int:
 def poisoned_memory() -> Iterator[None]:
     """`torch.empty` and its kin are filled with NaN (integers: the largest value), so that a kernel which
     reads memory before it writes it fails every time and not only now and then."""
-    import torch
 
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
@@ -56,7 +58,6 @@ def unchecked_signatures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def trained():
     """The induction toy, trained once a session: a seed where one previous-token head does the work alone."""
-    import torch
 
     from workbench.dynamics import train_induction
 
