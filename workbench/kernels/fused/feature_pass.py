@@ -33,9 +33,8 @@ def _halves(call: FusedCall, functions: Tensor) -> tuple[Tensor, Tensor, bool]:
 def _launch(call: FusedCall, lse: Tensor, functions: Tensor) -> Tensor:
     tiles = tiles_for("features", call.q.shape[-1], call.q.dtype, call.q.device)
     high, low, split = _halves(call, functions)
-    needed = torch.nn.functional.pad((functions != 0).any(-1), (0, -call.geometry.keys % tiles.keys))
-    used = needed.unflatten(-1, (-1, tiles.keys)).any(-1)  # type: ignore[no-untyped-call]
-    # Used tiles first, in order, without asking the device how many there are.
+    used = (functions != 0).any(-1)
+    # Labelled keys first, in order, without asking the device how many there are.
     order = used.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     before = torch.nn.functional.pad(used.cumsum(-1), (1, 0)).to(torch.int32)
     width = functions.shape[-1]

@@ -1,7 +1,7 @@
 """Attention-weighted sums of functions of the key, from the log-sum-exp, only where the functions are not zero.
 
-Spans touch few key tiles, so a second pass over those tiles costs a fraction of attention, and it keeps the row pass
-free of a product that most tiles do not need. Probabilities are split into two half-precision parts, functions too
+Spans hold few keys. A second pass over just those keys, gathered, costs a fraction of attention, and it keeps the row
+pass free of a product that most tiles do not need. Probabilities are split into two half-precision parts, functions too
 unless they are exact: the sums keep about float32 accuracy on tensor cores.
 """
 
@@ -25,7 +25,7 @@ def feature_kernel(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PADDED: tl.constexpr, EXACT: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """LIST holds the key tiles where any function is non-zero, BEFORE how many of them precede each tile."""
+    """LIST holds the keys where any function is non-zero, in order; BEFORE how many of them precede each key."""
     block, lane = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     batch, head = lane // heads, lane % heads
     wide, offset, kv_head = batch.to(tl.int64), keys - queries, head // GROUP
@@ -44,18 +44,20 @@ def feature_kernel(
         block * M + offset, tl.minimum(block * M + M, queries) + offset, start, end, WINDOW, window, CAUSAL, N
     )
     before = BEFORE + batch * stride_tb + kv_head * stride_th
-    tiles = LIST + batch * stride_lb + kv_head * stride_lh
+    listed = LIST + batch * stride_lb + kv_head * stride_lh
     total = tl.zeros([M, C_PAD], tl.float32)
-    for index in range(tl.load(before + low // N), tl.load(before + tl.cdiv(high, N))):
-        n0 = tl.load(tiles + index) * N
-        key = n0 + step
-        k_tile = k + n0.to(tl.int64) * stride_kn + dims[:, None] + step[None, :] * stride_kn
-        keys_t = tl.load(k_tile, mask=(dims[:, None] < D) & (key[None, :] < end), other=0.0)
+    first, last = tl.load(before + tl.minimum(low, keys)), tl.load(before + tl.minimum(high, keys))
+    for index in range(first, last, N):
+        index = tl.multiple_of(index, 1)
+        real = index + step < last
+        key = tl.load(listed + index + step, mask=real, other=0)
+        k_tile = k + key.to(tl.int64)[None, :] * stride_kn + dims[:, None]
+        keys_t = tl.load(k_tile, mask=(dims[:, None] < D) & real[None, :], other=0.0)
         x = capped(product(q, keys_t, EXACT), scale, SOFTCAP, softcap) - lse[:, None]
-        seen = visible(place[:, None], key[None, :], start, end, WINDOW, window, CAUSAL)
+        seen = visible(place[:, None], key[None, :], start, end, WINDOW, window, CAUSAL) & real[None, :]
         p = tl.where(seen, tl.exp2(tl.where(seen, x, 0.0)), 0.0)
-        f_tile = f_lane + n0.to(tl.int64) * stride_fn + step[:, None] * stride_fn + columns[None, :]
-        near = (columns[None, :] < C) & (key[:, None] < end)
+        f_tile = f_lane + key.to(tl.int64)[:, None] * stride_fn + columns[None, :]
+        near = (columns[None, :] < C) & real[:, None]
         f = tl.load(F + f_tile, mask=near, other=0.0)
         if EXACT:
             total = tl.dot(p, f, total, input_precision="ieee")
