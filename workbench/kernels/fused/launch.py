@@ -14,7 +14,7 @@ from workbench.errors import RequestError
 from workbench.kernels.fused.call import FusedCall, strides
 from workbench.kernels.fused.column_pass import columns
 from workbench.kernels.fused.feature_pass import features
-from workbench.kernels.fused.map_pass import block_maps, diagonals
+from workbench.kernels.fused.map_pass import block_maps, diagonals, removal_map
 from workbench.kernels.fused.pairs import band_kernel, pair_kernel
 from workbench.kernels.fused.row_pass import row_pass
 from workbench.kernels.fused.select import top_kernel
@@ -60,6 +60,15 @@ def fused_statistics(
     if not request.lse:
         del found["lse"]
     return AttentionStatistics(**found)
+
+
+def fused_removal(
+    q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float, softcap: float | None, block: int, lse: Tensor,
+    gradient: Tensor, delta: Tensor,
+) -> Tensor:  # fmt: skip
+    """Block sums of absolute removal effects; the contract of `kernels.maps.removal_effects`."""
+    call = fused_call(q, k, v, geometry, scale, softcap, None)
+    return removal_map(call, block, lse.contiguous(), gradient.to(call.q.dtype).contiguous(), delta)
 
 
 def fused_call(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
-from torch.nn.functional import pad
 
 from workbench.kernels.fused.call import FusedCall, power, strides
 from workbench.kernels.fused.maps import block_kernel, diagonal_kernel
 from workbench.kernels.fused.tuning import tiles_for
+from workbench.kernels.pyramid import pooled
 
 # Tiles that are skewed are square.
 DIAGONAL = 64
@@ -48,14 +48,6 @@ def _blocks(
         sums = pooled(sums, block // base, "sum")
         tops = None if tops is None else pooled(tops, block // base, "max")
     return sums, tops
-
-
-def pooled(maps: Tensor, factor: int, how: str) -> Tensor:
-    """The next level of a pyramid: `factor` x `factor` blocks become one."""
-    padded = pad(maps, (0, -maps.shape[-1] % factor, 0, -maps.shape[-2] % factor))
-    parts = padded.unflatten(-1, (-1, factor)).unflatten(-3, (-1, factor))  # type: ignore[no-untyped-call]
-    result: Tensor = parts.sum((-3, -1)) if how == "sum" else parts.amax((-3, -1))
-    return result
 
 
 def diagonals(call: FusedCall, last: int, lse: Tensor) -> Tensor:
