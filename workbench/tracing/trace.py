@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ from workbench.tracing.statistics import Statistic
 if TYPE_CHECKING:
     import xarray as xr
 
+# Results of layers on their way from the device at once.
+IN_FLIGHT = 24
 # Rows of logits whose losses are taken together.
 LOSS_ROWS = 512
 
@@ -100,15 +103,38 @@ class Collector:
         self.trace = Trace(batch, spec, prediction, {s.name: s for s in statistics})
         self.rows = slice(0, len(batch))
         self._heads = max(layer.heads for layer in spec.layers)
+        self._moving: deque[tuple[torch.cuda.Event, str, int, slice, Tensor]] = deque()
 
     def statistic(self, name: str, layer: int, value: Tensor) -> None:
+        if value.device.type != "cuda":
+            self._write(name, layer, self.rows, value)
+            return
+        # Through page-locked memory, so that the device computes on while results move.
+        staged = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        staged.copy_(value, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+        self._moving.append((arrived, name, layer, self.rows, staged))
+        self._settle(IN_FLIGHT)
+
+    def _settle(self, left: int) -> None:
+        """Write results that have arrived, and wait until at most `left` are on their way."""
+        while self._moving and (len(self._moving) > left or self._moving[0][0].query()):  # type: ignore[no-untyped-call]
+            arrived, name, layer, rows, staged = self._moving.popleft()
+            arrived.synchronize()
+            self._write(name, layer, rows, staged)
+
+    def _write(self, name: str, layer: int, rows: slice, value: Tensor) -> None:
+        """One layer of a piece, and the mark of nothing where it has no heads or tokens."""
         statistic, batch = self.trace.statistics[name], self.trace.batch
         if name not in self.trace.values:
             shape = (len(batch), self.trace.spec.n_layers, self._heads, batch.ids.shape[1], *value.shape[3:])
-            empty = torch.full(shape, -1) if statistic.integer else torch.full(shape, float("nan"))
-            self.trace.values[name] = empty
-        where = self.trace.values[name]
-        where[self.rows, layer, : value.shape[1], : value.shape[2]] = value.to(where)
+            self.trace.values[name] = torch.empty(shape, dtype=torch.int64 if statistic.integer else torch.float32)
+        nothing = -1 if statistic.integer else float("nan")
+        where = self.trace.values[name][rows, layer]
+        heads, tokens = value.shape[1:3]
+        where[:, :heads, :tokens] = value
+        where[:, heads:], where[:, :heads, tokens:] = nothing, nothing
 
     def site(self, site: Site, layer: int, value: Tensor) -> None:
         batch, key = self.trace.batch, (site, layer)
@@ -142,8 +168,9 @@ class Collector:
 
     def finish(self) -> Trace:
         """Padding marked: NaN in statistics and losses, -1 in keys."""
+        self._settle(0)
         trace, mask = self.trace, self.trace.batch.mask.cpu()
-        for name, value in trace.values.items():
+        for name, value in trace.values.items() if not mask.all() else ():
             padding = ~mask[:, None, None, :].expand(value.shape[:4])
             value[padding] = -1 if trace.statistics[name].integer else float("nan")
         if trace.loss is not None:
