@@ -76,7 +76,7 @@ class FusedCall:
         """What every kernel is specialised on."""
         return {
             "GROUP": self.group,
-            "D_PAD": power(self.q.shape[-1]),
+            "D_PAD": self.pad(self.q.shape[-1]),
             "CAUSAL": self.geometry.causal,
             "WINDOW": self.geometry.window_of(self.geometry.keys) is not None,
             "SOFTCAP": self.softcap is not None,
@@ -97,7 +97,16 @@ class FusedCall:
     def even(self) -> bool:
         """Whether a tile that touches no edge needs no bounds at all."""
         dim, values = self.q.shape[-1], self.v.shape[-1]
-        return dim == power(dim) and values == power(values)
+        return dim == self.pad(dim) and values == self.pad(values)
+
+    def pad(self, width: int) -> int:
+        """The width of a tile that holds `width` columns: a power of two.
+
+        In half precision a tile's rows fill 128 bytes: Triton 3.6 reads beyond narrower ones in shared memory on
+        Hopper (triton issues 10629 and 11366).
+        """
+        least = 64 if self.q.dtype in (torch.float16, torch.bfloat16) and self.q.device.type == "cuda" else 16
+        return max(least, 1 << (width - 1).bit_length())
 
     def empty(self, *tail: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """An array per batch and query head; every kernel writes all of it."""
@@ -106,11 +115,6 @@ class FusedCall:
     def none(self) -> Tensor:
         """Stands for an array that a kernel does not touch."""
         return self.q
-
-
-def power(width: int) -> int:
-    """The width of a tile that holds `width` columns: a power of two, 16 at least (tensor cores)."""
-    return max(16, 1 << (width - 1).bit_length())
 
 
 def strides(x: Tensor) -> tuple[int, ...]:

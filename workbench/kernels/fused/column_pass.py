@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from workbench.kernels.fused.call import FusedCall, power, strides
+from workbench.kernels.fused.call import FusedCall, strides
 from workbench.kernels.fused.columns import column_kernel
 from workbench.kernels.fused.tuning import tiles_for
 from workbench.kernels.request import StatisticsRequest
@@ -63,7 +63,7 @@ def _launch(
         *(none if array is None else array for array in (sums, tops, weighted, first)),
         *strides(call.q), *strides(call.k), *((0, 0) if weights is None else weights.stride()[:2]), *call.sizes,
         *call.numbers, math.log2(max(level, 1e-38)), call.q.shape[-1],
-        C=width, C_PAD=power(width), M=tiles.rows, N=tiles.keys, EVEN=call.even, EXACT=call.exact,
+        C=width, C_PAD=call.pad(width), M=tiles.rows, N=tiles.keys, EVEN=call.even, EXACT=call.exact,
         SUM=sums is not None, MAXIMUM=tops is not None, WEIGHTS=weights is not None, ABOVE=first is not None,
         LAST=last is not None, num_warps=tiles.warps, num_stages=tiles.stages, **call.flags,
     )  # fmt: skip

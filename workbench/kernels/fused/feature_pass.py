@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from workbench.kernels.fused.call import FusedCall, power, strides
+from workbench.kernels.fused.call import FusedCall, strides
 from workbench.kernels.fused.features import feature_kernel
 from workbench.kernels.fused.tuning import tiles_for
 
@@ -47,7 +47,7 @@ def _launch(call: FusedCall, lse: Tensor, functions: Tensor) -> Tensor:
     feature_kernel[(triton.cdiv(call.geometry.queries, tiles.rows), len(call.q) * call.heads)](
         call.q, call.k, lse, high, low, order, before, *call.bounds, out, *strides(call.q), *strides(call.k),
         *lanes(high), high.stride(2), *lanes(order), *lanes(before), *call.sizes, *call.numbers, call.q.shape[-1],
-        C=width, C_PAD=power(width), M=tiles.rows, N=tiles.keys, EXACT=call.exact, SPLIT=split,
+        C=width, C_PAD=call.pad(width), M=tiles.rows, N=tiles.keys, EXACT=call.exact, SPLIT=split,
         num_warps=tiles.warps, num_stages=tiles.stages, **call.flags,
     )  # fmt: skip
     return out

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from workbench.kernels.fused.call import FusedCall, power, strides
+from workbench.kernels.fused.call import FusedCall, strides
 from workbench.kernels.fused.maps import block_kernel, diagonal_kernel
 from workbench.kernels.fused.tuning import tiles_for
 from workbench.kernels.pyramid import pooled
@@ -40,7 +40,7 @@ def _blocks(
         call.q, call.k, call.v, lse, none if gradient is None else gradient, none if delta is None else delta,
         *call.bounds, sums, none if tops is None else tops, *strides(call.q), *strides(call.k), *strides(call.v),
         *call.sizes, *shape, *call.numbers, call.q.shape[-1], call.v.shape[-1],
-        DV_PAD=power(call.v.shape[-1]), M=tiles.rows, N=tiles.keys, B=base, EXACT=call.exact,
+        DV_PAD=call.pad(call.v.shape[-1]), M=tiles.rows, N=tiles.keys, B=base, EXACT=call.exact,
         MAXIMUM=tops is not None, REMOVAL=gradient is not None, num_warps=tiles.warps, num_stages=tiles.stages,
         **call.flags,
     )  # fmt: skip

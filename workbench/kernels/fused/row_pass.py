@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from workbench.kernels.fused.call import LN2, FusedCall, power, strides
+from workbench.kernels.fused.call import LN2, FusedCall, strides
 from workbench.kernels.fused.rows import row_kernel
 from workbench.kernels.fused.tuning import Tiles, tiles_for
 from workbench.kernels.request import StatisticsRequest
@@ -46,7 +46,7 @@ def _launch(call: FusedCall, request: StatisticsRequest) -> dict[str, Tensor]:
     kind = "rows" if request.output else "rows only"
     tiles = tiles_for(kind, max(dim, call.v.shape[-1]), call.q.dtype, call.q.device)
     if packed:
-        tiles = tiles._replace(rows=power(queries * call.group), warps=4)
+        tiles = tiles._replace(rows=max(16, 1 << (queries * call.group - 1).bit_length()), warps=4)
     lanes = batch * (call.k.shape[1] if packed else heads)
     splits, each = _splits(call, tiles, lanes) if packed else (1, 0)
     arrays = _arrays(call, request, (splits,) if splits > 1 else ())
@@ -56,7 +56,7 @@ def _launch(call: FusedCall, request: StatisticsRequest) -> dict[str, Tensor]:
         call.q, call.k, call.v, none if call.sinks is None else call.sinks.float(), *call.bounds,
         *(arrays.get(name, none) for name in names), *strides(call.q), *strides(call.k), *strides(call.v),
         *call.sizes, each, *call.numbers, dim, call.v.shape[-1],
-        DV_PAD=power(call.v.shape[-1]) if request.output else 16, M=tiles.rows, N=tiles.keys, EVEN=call.even,
+        DV_PAD=call.pad(call.v.shape[-1]) if request.output else 16, M=tiles.rows, N=tiles.keys, EVEN=call.even,
         SINK=call.sinks is not None and splits == 1, EXACT=call.exact, PACKED=packed, SPLIT=splits > 1,
         OUTPUT=request.output, ENTROPY=request.entropy, MAXIMUM="max_logit" in arrays, ARGMAX=request.argmax,
         MEAN=request.mean_logit, PLACE=request.distance or request.spread, num_warps=tiles.warps,
