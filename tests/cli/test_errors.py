@@ -5,6 +5,9 @@ import shutil
 
 import pytest
 
+from workbench.cli.demo import check_target
+from workbench.errors import RunError
+
 
 def refused(result, *says: str) -> None:
     """Exit code 2 and one readable line."""
@@ -288,3 +291,14 @@ def test_settings_of_the_process_are_as_before(call, model_folder, monkeypatch):
     before = state()
     assert call("models", "check", model_folder, "--tokens", "8").exit_code == 0
     assert state() == before
+
+
+def test_a_report_goes_only_where_a_file_can_be(tmp_path):
+    folder, file = tmp_path / "folder", tmp_path / "file.txt"
+    folder.mkdir()
+    file.write_text("")
+    with pytest.raises(RunError, match="is a folder; name the HTML file"):
+        check_target(folder)
+    with pytest.raises(RunError, match="is no folder that you may write to"):
+        check_target(file / "report.html")
+    check_target(folder / "new" / "report.html")

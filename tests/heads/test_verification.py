@@ -27,7 +27,29 @@ def test_controls_match_layers_and_avoid_the_set():
 def test_a_crowded_layer_borrows_from_its_neighbours():
     heads = tuple(Head(2, head) for head in range(3))
     drawn = matched_heads(SPEC, heads, np.random.default_rng(0))
-    assert Head(2, 3) in drawn and {head.layer for head in drawn} <= {1, 2, 3} and len(set(drawn)) == 3
+    assert {head.layer for head in drawn} <= {1, 2, 3} and len(set(drawn)) == 3
+
+
+def test_controls_differ_even_where_a_layer_is_exhausted():
+    """A whole layer, or nearly: its one set of controls drawn ten times would be one control, not ten."""
+    for heads in (tuple(Head(1, head) for head in range(4)), (Head(0, 0),)):
+        rng = np.random.default_rng(0)
+        sets = {matched_heads(SPEC, heads, rng, sets=10) for _ in range(200)}
+        assert len(sets) >= 10
+        assert all(len(set(drawn)) == len(heads) and not set(drawn) & set(heads) for drawn in sets)
+    # Where the layers suffice, nothing is borrowed.
+    plenty = (Head(1, 0), Head(2, 1), Head(3, 2))
+    drawn = matched_heads(SPEC, plenty, np.random.default_rng(0), sets=10)
+    assert [head.layer for head in drawn] == [1, 2, 3]
+
+
+def test_the_table_says_how_different_the_controls_were(handwritten, handwritten_probes):
+    probe = workbench.heads.build_probe("induction", handwritten, handwritten_probes)
+    table = verify(handwritten, ["L0H0"], probe=probe, how="zero").table
+    drawn = verify(handwritten, ["L0H0"], probe=probe, how="zero").draws
+    first = drawn[drawn["metric"] == table["metric"][0]]
+    assert (table["different_draws"] == first["heads"].nunique()).all()
+    assert (table["other_layers"] == int((~first["heads"].str.startswith("L0")).any())).all()
 
 
 def test_too_few_others_are_refused():

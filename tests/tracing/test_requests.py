@@ -11,7 +11,7 @@ import torch
 from workbench.errors import RequestError
 from workbench.models import Batch
 from workbench.models.testing import TINY
-from workbench.tracing import Model, load, statistics
+from workbench.tracing import Model, ablate, load, statistics
 
 
 def letters(text: str, **_: Any) -> dict[str, list[int]]:
@@ -97,3 +97,29 @@ def test_more_tokens_than_a_rotary_model_was_made_for_are_warned_of_once(
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "was made for 8 positions, and a prompt reaches 9" in record.getMessage()
+
+
+def test_one_statistic_stands_for_a_list_of_one(model: Model) -> None:
+    assert torch.equal(model.trace([[5, 6]], statistics=statistics.lse())["lse"],
+                       model.trace([[5, 6]], statistics=[statistics.lse()])["lse"])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("request_of", "says"),
+    [
+        (lambda m: m.trace([[5]], tokens_at_once=0), "tokens_at_once = 0"),
+        (lambda m: statistics.first(1.5), "first of 1.5 tokens: give a whole number"),
+        (lambda m: statistics.mass("odd", torch.tensor([[1.0, float("nan")]])), r"mass\('odd'\): some weights are NaN"),
+        (lambda m: m.trace([[5]], edits=[ablate(["L0H0"]), ablate(["L0H0"], "uniform")]), "L0H0 is ablated twice"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_signatures")
+def test_numbers_that_mean_nothing_are_refused(model: Model, request_of: Any, says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        request_of(model)
+
+
+def test_results_describe_themselves_in_a_line(model: Model) -> None:
+    trace = model.trace([[5, 6, 7], [8]], statistics=[statistics.lse()], sites=["z"], loss=True)
+    assert repr(trace) == "<Trace of 2 prompts of up to 3 tokens: statistics lse; sites z; loss>"
+    assert repr(load(TINY["llama"]()).generate([[5]], 2)).startswith("<Generation of 1 prompts, up to 2 new tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -92,6 +93,17 @@ def report_path(run: Path) -> Path:
     """Beside the run, whose own files are checked."""
     run = run if run.name.strip(".") else run.resolve()
     return run.with_name(f"{run.name}.html")
+
+
+def check_target(report: Path) -> None:
+    """Refuse a path that no file can be written to, before the work is done."""
+    folder = next(parent for parent in report.absolute().parents if parent.exists())
+    if report.is_dir():
+        raise RunError(f"{report} is a folder; name the HTML file to write (--out FILE).")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise RunError(
+            f"{report} cannot be written: {folder} is no folder that you may write to; choose another path (--out)."
+        )
 
 
 def write(session: Session, run: Run, report: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from workbench.cli import options
-from workbench.cli.demo import report_path, write
+from workbench.cli.demo import check_target, report_path, write
 from workbench.cli.session import Command, current_session
 
 
@@ -31,6 +31,7 @@ def report(
 
     found = Run.open(run)
     target = report_path(Path(run)) if out is None else out
+    check_target(target)
     write(session, found, target)
     session.say(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
     if open_report:

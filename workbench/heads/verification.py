@@ -3,7 +3,8 @@
 1. Measure a task's metric on the intact model, per prompt.
 2. Ablate the detector's top k heads together and measure again: the effect.
 3. Ablate as many heads drawn at random from the same layers, never one of the k, at least ten times: the control.
-   Where a layer has too few other heads, the rest comes from the nearest layers.
+   Where a layer has too few other heads for that many different sets, they also come from the nearest layers; the
+   table says how many sets were different, and how many of a set's heads at most are from other layers.
 4. Per prompt, the effect less the mean effect of the controls; its interval by bootstrap, its p by sign flips over
    prompts; q over everything tested in one go.
 
@@ -13,8 +14,11 @@ reported like any other.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from math import comb, prod
 
 import numpy as np
 import pandas as pd
@@ -63,21 +67,44 @@ class Ablator:
         return ablate(heads, self.how, values=values, reference=self.reference)
 
 
-def matched_heads(spec: Spec, heads: Sequence[Head], rng: np.random.Generator) -> tuple[Head, ...]:
-    """As many other heads, layer by layer the same number, drawn without replacement."""
+def matched_heads(spec: Spec, heads: Sequence[Head], rng: np.random.Generator, *, sets: int = 1) -> tuple[Head, ...]:
+    """As many other heads, layer by layer the same number, drawn without replacement.
+
+    Where the layers hold fewer than `sets` different draws, heads of the nearest layers are drawn as well.
+    """
     taken = set(heads)
     free = {
         layer.index: [Head(layer.index, h) for h in range(layer.heads) if Head(layer.index, h) not in taken]
         for layer in spec.layers
     }
     _check_count(len(taken), len(spec.heads()))
+    reach = _reach({layer: len(pool) for layer, pool in free.items()}, Counter(head.layer for head in taken), sets)
     drawn: list[Head] = []
     for head in sorted(taken):
-        nearest = min(
-            (layer for layer, pool in free.items() if pool), key=lambda layer: (abs(layer - head.layer), layer)
-        )
-        drawn.append(free[nearest].pop(int(rng.integers(len(free[nearest])))))
+        pool = [other for layer in reach[head.layer] for other in free[layer]]
+        if not pool:
+            nearest = min((layer for layer in free if free[layer]), key=lambda layer: (abs(layer - head.layer), layer))
+            pool = free[nearest]
+        chosen = pool[int(rng.integers(len(pool)))]
+        free[chosen.layer].remove(chosen)
+        drawn.append(chosen)
     return tuple(sorted(drawn))
+
+
+def _reach(free: Mapping[int, int], wanted: Mapping[int, int], sets: int) -> dict[int, list[int]]:
+    """The layers that each layer's controls are drawn from: its own, and more where draws would repeat."""
+    reach = {layer: [layer] for layer in wanted}
+
+    def choices(layer: int) -> int:
+        return comb(sum(free[near] for near in reach[layer]), wanted[layer])
+
+    while prod(map(choices, reach)) < sets:
+        narrow = [layer for layer in reach if len(reach[layer]) < len(free)]
+        if not narrow:
+            break
+        layer = min(narrow, key=choices)
+        reach[layer].append(min(set(free) - set(reach[layer]), key=lambda near: (abs(near - layer), near)))
+    return reach
 
 
 def check_heads(layers: Sequence[int], heads: Sequence[Head]) -> None:
@@ -98,7 +125,7 @@ def _controls(spec: Spec, heads: Sequence[Head], draws: int, rng: np.random.Gene
     """Different matched sets; where a small model does not have enough of them, some come twice."""
     found: dict[tuple[Head, ...], None] = {}
     for _ in range(20 * draws):
-        found[matched_heads(spec, heads, rng)] = None
+        found[matched_heads(spec, heads, rng, sets=draws)] = None
         if len(found) == draws:
             return list(found)
     return [list(found)[index % len(found)] for index in range(draws)]
@@ -148,7 +175,8 @@ def verify_claim(
         base = intact[metric.name]
         own, others = effects[0][metric.name], np.stack([effect[metric.name] for effect in effects[1:]])
         tables.append(
-            _summary(claim, metric, base, own, others, ablator.how, seed) | {"different_draws": len(set(sets[1:]))}
+            _summary(claim, metric, base, own, others, ablator.how, seed)
+            | {"different_draws": len(set(sets[1:])), "other_layers": max(map(partial(_strangers, sets[0]), sets[1:]))}
         )
         rows += [
             _draw(claim, metric, base, index, heads, other)
@@ -184,6 +212,11 @@ def verify(
         reference = (build_probe("held_out", model, settings) if model.tokenizer is not None else made).tasks[0].batch
     ablator = Ablator.prepare(model, how, reference)
     return verify_claim(model, Claim("chosen", chosen, made), ablator, draws=draws, seed=seed, progress=progress)
+
+
+def _strangers(heads: Sequence[Head], drawn: Sequence[Head]) -> int:
+    """How many drawn heads are beyond what the layers of `heads` call for."""
+    return sum((Counter(head.layer for head in drawn) - Counter(head.layer for head in heads)).values())
 
 
 def _check_draws(draws: int) -> None:

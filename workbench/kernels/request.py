@@ -74,6 +74,8 @@ class StatisticsRequest:
                 raise RequestError(f"Offset {offset} looks ahead of the query; causal attention has offsets <= 0.")
         for name in ("first", "recent", "column_last"):
             for size in getattr(self, name):
+                if not isinstance(size, int) or isinstance(size, bool):
+                    raise RequestError(f"{name} of {size!r} tokens: give a whole number.")
                 if size < 1:
                     raise RequestError(f"{name} of {size} tokens is empty; ask for 1 or more.")
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from workbench.tracing.model import Model
 
 
-@dataclass
+@dataclass(repr=False)
 class Generation:
     """New tokens of each prompt (-1 after its end), their text, and statistics `[prompt, layer, head, step]`.
 
@@ -37,6 +37,10 @@ class Generation:
     ids: Int[Tensor, "prompt step"]
     texts: list[str] | None
     values: dict[str, Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        shape = f"{len(self.ids)} prompts, up to {self.ids.shape[1]} new tokens"
+        return f"<Generation of {shape}{': statistics ' + ', '.join(self.values) if self.values else ''}>"
 
     def __getitem__(self, name: str) -> Tensor:
         return self.values[name]

@@ -19,7 +19,7 @@ from workbench.models.memory import BodyCost, Prediction, free_memory, measure_b
 from workbench.tracing.edits import Ablation, Edit, listed
 from workbench.tracing.plan import Plan, refuse_large_patterns
 from workbench.tracing.preflight import Piece, Preflight
-from workbench.tracing.statistics import Statistic
+from workbench.tracing.statistics import Statistic, Statistics
 from workbench.tracing.trace import Collector, Trace
 from workbench.tracing.watch import Watch
 
@@ -86,7 +86,7 @@ class Model:
         self,
         prompts: str | Sequence[str] | Sequence[Sequence[int]] | Batch,
         *,
-        statistics: Iterable[Statistic | tuple[Statistic, ...]] = (),
+        statistics: Statistics = (),
         sites: Sequence[str] = (),
         edits: Edit | Sequence[Edit] = (),
         logits: Logits = None,
@@ -132,7 +132,7 @@ class Model:
         self,
         prompts: Any,
         *,
-        statistics: Iterable[Statistic | tuple[Statistic, ...]] = (),
+        statistics: Statistics = (),
         sites: Sequence[str] = (),
         logits: Logits = None,
         loss: bool = False,
@@ -157,7 +157,7 @@ class Model:
         max_new_tokens: int = 50,
         *,
         edits: Edit | Sequence[Edit] = (),
-        statistics: Iterable[Statistic | tuple[Statistic, ...]] = (),
+        statistics: Statistics = (),
         stop_ids: Iterable[int] | None = None,
     ) -> Any:
         """Continue prompts greedily; see `workbench.tracing.generate.generate`."""
@@ -205,6 +205,8 @@ class Model:
 
     def _pieces(self, batch: Batch, tokens_at_once: int | None) -> Iterator[tuple[slice, Batch]]:
         """Consecutive prompts, cut to the longest among them on the right."""
+        if tokens_at_once is not None and tokens_at_once < 1:
+            raise RequestError(f"tokens_at_once = {tokens_at_once}: a trace takes at least 1 token at a time.")
         budget = tokens_at_once or TOKENS_AT_ONCE.get(self.device.type, TOKENS_AT_ONCE["cuda"])
         ends = (batch.starts + batch.lengths).tolist()
         first = 0
@@ -220,7 +222,7 @@ class Model:
     def _job(
         self,
         prompts: Any,
-        statistics: Iterable[Statistic | tuple[Statistic, ...]],
+        statistics: Statistics,
         sites: Sequence[str],
         edits: Sequence[Edit],
         logits: Logits,
@@ -302,9 +304,10 @@ def load(
     return Model(attachment, found.tokenizer, found.source, certificate)
 
 
-def _flatten(statistics: Iterable[Statistic | tuple[Statistic, ...]]) -> list[Statistic]:
+def _flatten(statistics: Statistics) -> list[Statistic]:
     flat: list[Statistic] = []
-    for statistic in statistics:
+    # One statistic stands for a list of one.
+    for statistic in [statistics] if isinstance(statistics, Statistic) else statistics:
         flat.extend(statistic if isinstance(statistic, tuple) else [statistic])
     for found in flat:
         if not isinstance(found, Statistic):

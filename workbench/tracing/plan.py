@@ -8,7 +8,7 @@ from functools import reduce
 
 from workbench.errors import MemoryRefused, RequestError
 from workbench.kernels import StatisticsRequest
-from workbench.models import Batch, Spec
+from workbench.models import Batch, Head, Spec
 from workbench.models.memory import size
 from workbench.tracing.edits import Ablation, Edit, Patch
 from workbench.tracing.sites import ATTENTION_SITES, SITES, Site, check_exists, parse_site
@@ -36,6 +36,7 @@ class Plan:
             raise RequestError(f"Two statistics are called {twice[0]!r}; give each its own name.")
         for edit in edits:
             edit.check(spec)
+        _refuse_twice([edit for edit in edits if isinstance(edit, Ablation)])
         request = reduce(lambda a, b: a | b, (s.request for s in statistics), StatisticsRequest())
         return Plan(
             tuple(statistics),
@@ -94,3 +95,14 @@ def refuse_large_patterns(plan: Plan, spec: Spec, batch: Batch) -> None:
             "are allowed, as patterns are for short prompts. Ask for statistics instead, for one layer "
             "('blocks.5.attn.hook_pattern'), or cut the prompt."
         )
+
+
+def _refuse_twice(ablations: Sequence[Ablation]) -> None:
+    """A head ablated everywhere in two ways has no meaning; by positions it may."""
+    seen: dict[Head, Ablation] = {}
+    for ablation in ablations:
+        for head in ablation.heads if ablation.positions is None else ():
+            if head in seen:
+                both = f"{seen[head].how!r} and {ablation.how!r}"
+                raise RequestError(f"{head} is ablated twice, by {both}; name it in one ablation.")
+            seen[head] = ablation

@@ -9,7 +9,7 @@ so that under left padding the first token of a prompt is not key 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -60,6 +60,10 @@ class Statistic:
 
     def __repr__(self) -> str:
         return f"<statistic {self.name}>"
+
+
+# What a trace takes: one statistic, or several, of which some come in pairs (`top_k`).
+Statistics = Statistic | Iterable[Statistic | tuple[Statistic, ...]]
 
 
 def _field(name: str) -> Callable[[Measured], Tensor]:
@@ -145,6 +149,8 @@ def mass(name: str, keys: Bool[Tensor, "prompt key *column"] | Float[Tensor, "pr
     if keys.ndim not in (2, 3):
         raise RequestError(f"mass({name!r}): keys of shape {tuple(keys.shape)}; give [prompt, key] or [..., column].")
     features = keys[..., None] if keys.ndim == 2 else keys
+    if features.is_floating_point() and not features.isfinite().all():
+        raise RequestError(f"mass({name!r}): some weights are NaN or infinite; give finite ones, 0 for keys left out.")
 
     def read(measured: Measured) -> Tensor:
         assert measured.features is not None

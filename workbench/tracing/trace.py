@@ -26,7 +26,7 @@ IN_FLIGHT = 24
 LOSS_ROWS = 512
 
 
-@dataclass
+@dataclass(repr=False)
 class Trace:
     """The results of `Model.trace`, on the CPU.
 
@@ -45,6 +45,14 @@ class Trace:
     logits: Float[Tensor, "prompt kept vocab"] | None = None
     logit_positions: Int[Tensor, "prompt kept"] | None = None
     loss: Float[Tensor, "prompt token"] | None = None
+
+    def __repr__(self) -> str:
+        shape = f"{len(self.batch)} prompts of up to {self.batch.ids.shape[1]} tokens"
+        held = [f"statistics {', '.join(self.values)}"] if self.values else []
+        if self.sites:
+            held.append(f"sites {', '.join(dict.fromkeys(site for site, _ in self.sites))}")
+        held += [name for name in ("logits", "loss") if getattr(self, name) is not None]
+        return f"<Trace of {shape}: {'; '.join(held) or 'nothing'}>"
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.values:
