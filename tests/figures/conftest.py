@@ -45,8 +45,8 @@ def verification() -> pd.DataFrame:
 
 @pytest.fixture
 def draws() -> pd.DataFrame:
-    rows = [("induction", 2, "loss", i, f"L0H{i % 3}", 1.0, 0.01 * i) for i in range(10)]
-    rows += [("sink", 1, "loss", i, f"L1H{i % 3}", 1.0, -0.01 * i) for i in range(10)]
+    rows = [("induction", 2, "loss", i, f"L0H{i}", 1.0, 0.01 * i) for i in range(10)]
+    rows += [("sink", 1, "loss", i, f"L1H{i}", 1.0, -0.01 * i) for i in range(10)]
     return pd.DataFrame(rows, columns="detector k metric draw heads value effect".split())
 
 

@@ -41,7 +41,7 @@ def test_bounds_of_an_interval_share_their_decimals() -> None:
 
 
 def test_signed_and_probability() -> None:
-    assert [signed(0.5), signed(-0.5), signed(0.0)] == ["+0.50", "−0.50", "0"]
+    assert [signed(0.5), signed(-0.5), signed(0.0)] == ["+0.50", "−0.50", "0.00"]
     assert [probability(v) for v in (0.00001, 0.004, 0.25, None)] == ["< 0.001", "0.004", "0.25", "–"]
 
 
@@ -70,3 +70,12 @@ def test_tokens_cannot_bring_markup_into_a_figure() -> None:
 def test_controls_of_direction_become_escapes_and_letters_stay() -> None:
     assert in_order("a\u202eb\u2066\u200f") == "a\\u202eb\\u2066\\u200f"
     assert in_order("\u05d0\u05d1 \u0627\n") == "\u05d0\u05d1 \u0627\n"
+
+
+def test_what_is_far_below_its_companions_is_zero() -> None:
+    assert signed(-2.0e-8, beside=(0.62, 0.62)) == "0.00"
+    assert signed(-3.0e-5, beside=(0.62, 0.62)) == "0.00"
+    assert signed(-0.003, beside=(0.62, 0.617)) == "−0.0030"
+    assert signed(2.0e-5, beside=(1e-4, 1.2e-4)) == "+2.0e−05"
+    assert number(1e-17, beside=(0.62,)) == "0.00"
+    assert interval(-3e-8, 1e-8) == "0.00 to 0.00"

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
 from workbench.errors import RequestError
+from workbench.figures.controls import KEYS, counted_sets, few_sets, whence, with_controls
 from workbench.figures.text import BY_HAND, interval, probability, readable, safe, signed, with_caption
 from workbench.figures.theme import Palette, palette, template
 from workbench.figures.verdict import verdict
 
 _ROW_PIXELS = 46
 _HEAD_PIXELS = 74
-_KEYS = ["detector", "k", "metric"]
 
 
 def ablation_chart(
@@ -37,7 +37,7 @@ def ablation_chart(
 
     `metric` keeps one metric; `labels` gives detectors their titles.
     """
-    rows = verification if metric is None else verification[verification["metric"] == metric]
+    rows = with_controls(verification if metric is None else verification[verification["metric"] == metric], draws)
     if rows.empty:
         raise RequestError(f"No ablation of metric {metric or 'any'} in the table; run `workbench verify`.")
     metrics = list(dict.fromkeys(rows["metric"]))
@@ -129,8 +129,8 @@ def _axis_title(row: pd.Series) -> str:
 def _draws_of(rows: pd.DataFrame, draws: pd.DataFrame | None, heights: NDArray[np.int64]) -> pd.DataFrame | None:
     if draws is None:
         return None
-    places = rows[_KEYS].assign(height=heights)
-    joined = draws.merge(places, on=_KEYS, how="inner")
+    places = rows[KEYS].assign(height=heights)
+    joined = draws.merge(places, on=KEYS, how="inner")
     # a fixed sequence spreads the points over the row: the same picture for the same table
     spread = (np.arange(len(joined)) * 0.618034) % 1 - 0.5
     return joined.assign(height=joined["height"] + 0.42 * spread)
@@ -173,7 +173,7 @@ def _effects(
     rows: pd.DataFrame, heights: NDArray[np.int64], shown: bool, colours: Palette, legend: bool, whose: str
 ) -> go.Scatter:
     hover = [
-        [safe(r["heads"]), signed(r["effect"], 3), interval(r["low"], r["high"], 3), verdict(r).label]
+        [safe(r["heads"]), signed(r["effect"], 3, _beside(r)), interval(r["low"], r["high"], 3), verdict(r).label]
         for r in rows.to_dict("records")
     ]
     bars = {
@@ -209,12 +209,25 @@ def _effects(
 
 def _caption(rows: pd.DataFrame) -> str:
     sizes = sorted({int(n) for n in rows["n"].dropna()}) if "n" in rows else []
-    drawn = sorted({int(n) for n in rows["draws"].dropna()}) if "draws" in rows else []
     over = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}" if sizes else "the"
-    count = f"{drawn[0]} draws" if len(drawn) == 1 else "draws"
     heads = {"detector's heads": "a detector's top heads"}.get(_whose(rows), f"the {_whose(rows)}")
     return (
         f"Change of each task metric when {heads} are ablated, mean over {over} prompts with "
-        f"a 95 % bootstrap interval, beside {count} of as many random heads from the same layers. A filled "
-        "diamond is an effect outside the range of the draws with q below 0.05; a hollow one is not."
+        f"a 95 % bootstrap interval, beside {_sets(rows)} of as many random heads{whence(rows.to_dict('records'))}. A "
+        "filled diamond is an effect outside the range of at least ten different sets with q below 0.05; a hollow one "
+        "is not."
     )
+
+
+def _sets(rows: pd.DataFrame) -> str:
+    """How many control sets an ablation had; the different ones where these are fewer than the draws."""
+    drawn = sorted({int(n) for n in rows["draws"].dropna()}) if "draws" in rows else []
+    found = rows["different_draws"].dropna() if "different_draws" in rows else pd.Series(dtype=float)
+    if any(map(few_sets, rows.to_dict("records"))) or (drawn and (found < drawn[0]).any()):
+        least, most = int(found.min()), int(found.max())
+        return counted_sets(least) if least == most else f"{least} to {most} different sets"
+    return f"{drawn[0]} draws" if len(drawn) == 1 else "draws"
+
+
+def _beside(row: dict[str, Any]) -> tuple[float, ...]:
+    return tuple(float(row[name]) for name in ("baseline", "ablated") if name in row)

@@ -9,9 +9,12 @@ from __future__ import annotations
 import html
 import math
 import re
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
+# a difference or an interval below this is rounding, whatever its unit
+_NEGLIGIBLE = 1e-6
 # what `workbench.heads.verify` calls a set of heads that no detector named
 BY_HAND = "chosen"
 
@@ -51,17 +54,22 @@ def decimals(*values: float, digits: int = 2) -> int:
     size = max((abs(v) for v in values if math.isfinite(v)), default=0.0)
     if size >= 100:
         return max(digits - 1, 0) if size < 1000 else 0
-    if size == 0 or size >= 10.0 ** (1 - digits):
+    if size < _NEGLIGIBLE or size >= 10.0 ** (1 - digits):
         return digits
     return digits + 1 if size >= 10.0**-digits else digits + 2
 
 
-def number(value: object, digits: int = 2, places: int | None = None) -> str:
-    """A number as text: `0.93`, `12,400`, `1.2e−05`, `–` for a missing one; `places` fixes its decimals."""
+def number(value: object, digits: int = 2, places: int | None = None, beside: Sequence[float] = ()) -> str:
+    """A number as text: `0.93`, `12,400`, `1.2e−05`, `–` for a missing one; `places` fixes its decimals.
+
+    Far below the last decimal of the numbers that it stands `beside`, it is zero and has their decimals.
+    """
     if not isinstance(value, Real) or math.isnan(value):
         return "–"
     plain = float(value)
     size = abs(plain)
+    if beside and places is None and size < 10.0 ** -(decimals(*beside, digits=digits) + 2):
+        plain, places = 0.0, decimals(*beside, digits=digits)
     if math.isinf(plain):
         text = "∞" if plain > 0 else "-∞"
     elif places is not None:
@@ -76,11 +84,13 @@ def number(value: object, digits: int = 2, places: int | None = None) -> str:
     return text.replace("-", "−")
 
 
-def signed(value: object, digits: int = 2) -> str:
-    """A difference as text, always with its sign."""
-    text = number(value, digits)
+def signed(value: object, digits: int = 2, beside: Sequence[float] = ()) -> str:
+    """A difference as text, with its sign unless it is zero beside the numbers that it is between."""
+    if isinstance(value, Real) and abs(float(value)) < _NEGLIGIBLE:
+        return number(0.0, places=digits)
+    text = number(value, digits, beside=beside)
     positive = isinstance(value, Real) and float(value) > 0
-    return f"+{text}" if positive else text
+    return f"+{text}" if positive and any(c in text for c in "123456789∞") else text
 
 
 def interval(low: object, high: object, digits: int = 2, places: int | None = None) -> str:
@@ -114,8 +124,8 @@ _PLAIN = {
     "lse": "log-sum-exp",
     "needle_key": "needle token due",
     "induction_key": "token after the earlier copy",
-    "duplicate_key": "earlier copy",
-    "echo_keys": "earlier copies",
+    "duplicate_key": "same token in the first copy",
+    "echo_keys": "same token in all earlier copies",
     "answer_log_prob": "answer log-probability",
     "answer_log_probability": "answer log-probability",
     "held_out_loss": "held-out loss",
