@@ -42,12 +42,12 @@ def test_same_statistic_of_two_detectors_is_told_apart(curves: pd.DataFrame) -> 
     assert names == {"Attention sink · first token", "other · first token"}
 
 
-@pytest.mark.parametrize(("longest", "kind"), [(50, None), (500, "log")])
-def test_long_prompts_get_a_logarithmic_axis_that_keeps_the_first_query(longest: int, kind: str | None) -> None:
+@pytest.mark.parametrize(("longest", "kind"), [(50, "linear"), (500, "log")])
+def test_long_prompts_get_a_logarithmic_axis_that_keeps_the_first_query(longest: int, kind: str) -> None:
     table = pd.DataFrame({"position": range(longest), "value": 0.5})
     figure = position_curves(table.assign(detector="d", layer=0, head=0, statistic="first_1"))
     assert figure.layout.xaxis.type == kind
-    assert min(figure.data[0].x) == (1 if kind else 0)
+    assert min(figure.data[0].x) == (1 if kind == "log" else 0)
 
 
 def test_skipped_positions_break_the_line() -> None:
@@ -65,3 +65,23 @@ def test_caption_and_refusal(curves: pd.DataFrame) -> None:
     assert caption_of(position_curves(curves, [(2, 1)], caption="Own words.")) == "Own words."
     with pytest.raises(RequestError, match="L9H9"):
         position_curves(curves, [(9, 9)])
+
+
+@pytest.mark.parametrize("log", [True, False])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 2), (0, 7), (1, 63), (50, 99), (0, 255), (51, 255), (137, 160), (159, 255), (0, 14_000)]
+)
+def test_position_axes_have_readable_numbers(low: int, high: int, log: bool) -> None:
+    table = pd.DataFrame({"position": [low, high], "value": 0.5})
+    axis = position_curves(table.assign(detector="d", layer=0, head=0, statistic="s"), log=log).layout.xaxis
+    assert 3 <= len(axis.tickvals) <= 11
+    first, last = (10**end if log else end for end in axis.range)
+    assert all(first < tick < last for tick in axis.tickvals)
+    assert list(axis.ticktext) == [f"{tick:,}" for tick in axis.tickvals]
+
+
+def test_a_logarithmic_axis_spans_a_decade() -> None:
+    row = {"value": 0.5, "detector": "d", "layer": 0, "head": 0, "statistic": "s"}
+    assert position_curves(pd.DataFrame({"position": [50, 255]}).assign(**row)).layout.xaxis.type == "linear"
+    axis = position_curves(pd.DataFrame({"position": [0, 255]}).assign(**row)).layout.xaxis
+    assert list(axis.tickvals) == [1, 2, 5, 10, 20, 50, 100, 200]

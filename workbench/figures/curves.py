@@ -1,8 +1,8 @@
 """Position curves: a statistic of a head over the query position, the evidence behind a score.
 
 Statistics that are fractions (all values in 0..1) share a panel; every other statistic has its own, since
-nats and norms do not fit one axis. The position axis is logarithmic for long prompts, counted from 1 there
-so that the first query stays on it.
+nats and norms do not fit one axis. The position axis is logarithmic for long prompts whose positions span a
+decade, counted from 1 there so that the first query stays on it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from plotly.subplots import make_subplots
 from workbench.errors import RequestError
 from workbench.figures.text import readable, safe, with_caption
 from workbench.figures.theme import palette, template
+from workbench.figures.ticks import position_ticks
 
 Array = NDArray[np.float64]
 _LONG = 200
@@ -44,11 +45,12 @@ def position_curves(
     """Lines of `value` over `position`, one for each head, detector and statistic of the table.
 
     `heads` keeps only those (layer, head); `log=None` takes the logarithmic axis where the longest curve
-    passes 200 positions; `labels` gives detectors their titles.
+    passes 200 positions and the curves span a decade of them; `labels` gives detectors their titles.
     """
     rows = _chosen(curves, heads)
     panels, fractions = _panels(rows)
-    logarithmic = bool(rows["position"].max() >= _LONG) if log is None else log
+    first, last = float(rows["position"].min()), float(rows["position"].max())
+    logarithmic = last >= max(_LONG, 10 * (first + 1) - 1) if log is None else log
     figure = make_subplots(rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=0.09)
     colours = palette(dark).series
     for line, (key, curve) in enumerate(rows.groupby(_KEYS, sort=False)):
@@ -66,8 +68,9 @@ def position_curves(
     legend = 12 + 20 * math.ceil(len(figure.data) / 2)
     word = "query position (counted from 1)" if logarithmic else "query position"
     figure.update_xaxes(title={"text": word}, row=len(panels), col=1)
-    if logarithmic:
-        figure.update_xaxes(type="log", dtick=1, minor={"showgrid": False})
+    figure.update_xaxes(_positions(first, last, logarithmic))
+    # the zero of one axis stands clear of the first number of the other
+    figure.update_yaxes(ticklabelstandoff=5)
     figure.update_layout(
         template=template(dark),
         height=_PANEL_PIXELS * len(panels) + 52 + legend,
@@ -76,6 +79,22 @@ def position_curves(
         showlegend=True,
     )
     return with_caption(figure, caption or _caption(rows))
+
+
+def _positions(first: float, last: float, logarithmic: bool) -> dict[str, Any]:
+    """The position axis: numbers written out, and some room before the first of them."""
+    shift = 1 if logarithmic else 0
+    ends = (first + shift, last + shift)
+    ticks = position_ticks(*ends, logarithmic)
+    low, high = np.log10(ends) if logarithmic else ends
+    room = 0.03 * (high - low) or 0.5
+    return {
+        "type": "log" if logarithmic else "linear",
+        "tickvals": ticks,
+        "ticktext": [f"{tick:,}" for tick in ticks],
+        "range": [float(low - room), float(high + room)],
+        "ticklabelstandoff": 5,
+    }
 
 
 def _chosen(curves: pd.DataFrame, heads: Sequence[tuple[int, int]] | None) -> pd.DataFrame:
