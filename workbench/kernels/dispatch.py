@@ -10,6 +10,7 @@ shorter than the prompt, soft-capped logits, learned sinks).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -133,9 +134,14 @@ def _choose(asked: Implementation, reached: bool, q: Tensor, v: Tensor) -> Imple
     return asked
 
 
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
 def triton_takes(width: int, dtype: torch.dtype) -> bool:
     """Whether the Triton kernels take heads of this width and dtype."""
-    return find_spec("triton") is not None and width <= WIDEST and dtype != torch.float64
+    return _has_triton() and width <= WIDEST and dtype != torch.float64
 
 
 def attention_output(

@@ -42,7 +42,7 @@ class FusedCall:
 
     @cached_property
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """First and end of each prompt's real keys."""
+        """First and end of each prompt's real keys; without padding kernels do not read them."""
         start, end, device = self.geometry.start, self.geometry.end, self.q.device
         low = (
             torch.zeros(len(self.q), dtype=torch.int32, device=device)
@@ -52,24 +52,14 @@ class FusedCall:
         high = torch.full_like(low, self.geometry.keys) if end is None else end.to(device, torch.int32)
         return low, high
 
-    @cached_property
-    def real_rows(self) -> Tensor:
-        """Queries that are no padding, `[batch, 1, query]`: each of them sees a key."""
+    def where_real(self, value: Tensor) -> Tensor:
+        """`value` `[batch, head, query]`, zero at queries of padding (any other sees a key)."""
+        if self.geometry.start is None and self.geometry.end is None:
+            return value
         place = torch.arange(self.geometry.queries, device=self.q.device) + self.geometry.query_offset
         low, high = self.bounds
         real = (place >= low[:, None]) & (place < high[:, None])
-        return (real if self.geometry.causal else real & (high > low)[:, None])[:, None]
-
-    @cached_property
-    def visible_keys(self) -> Tensor:
-        """How many keys each query sees, `[batch, 1, query]`, at least 1."""
-        place = torch.arange(self.geometry.queries, device=self.q.device) + self.geometry.query_offset
-        low, high = (bound[:, None].expand(-1, len(place)) for bound in self.bounds)
-        if self.geometry.causal:
-            high = torch.minimum(high, place + 1)
-        if self.geometry.window is not None:
-            low = torch.maximum(low, place - self.geometry.window + 1)
-        return (high - low).clamp(min=1)[:, None]
+        return torch.where(real[:, None], value, 0.0)
 
     @property
     def flags(self) -> dict[str, Any]:

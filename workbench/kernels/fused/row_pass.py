@@ -6,7 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from workbench.kernels.fused.call import LN2, FusedCall, strides
+from workbench.kernels.fused.call import FusedCall, strides
+from workbench.kernels.fused.merge import merge_kernel
 from workbench.kernels.fused.rows import row_kernel
 from workbench.kernels.fused.tuning import Tiles, tiles_for
 from workbench.kernels.request import StatisticsRequest
@@ -23,9 +24,10 @@ def row_pass(call: FusedCall, request: StatisticsRequest) -> dict[str, Tensor]:
         if getattr(request, name):
             result[name] = found[name]
     if request.max_prob:
-        result["max_prob"] = torch.where(call.real_rows, torch.exp(found["max_logit"] - found["lse"]), 0.0)
+        result["max_prob"] = call.where_real(torch.exp(found["max_logit"] - found["lse"]))
     if request.sink_mass:
-        result["sink_mass"] = torch.where(call.real_rows, 1.0 - found["real"], 0.0)
+        none = torch.zeros_like(found["lse"])
+        result["sink_mass"] = none if call.sinks is None else call.where_real(1.0 - found["real"])
     return result
 
 
@@ -63,9 +65,7 @@ def _launch(call: FusedCall, request: StatisticsRequest) -> dict[str, Tensor]:
         num_stages=tiles.stages, **call.flags,
     )  # fmt: skip
     if splits > 1:
-        return merge_states(call, arrays)
-    if call.sinks is None:
-        arrays["real"] = call.real_rows.to(torch.float32).expand_as(arrays["lse"])
+        return _merged(call, request, arrays)
     return arrays
 
 
@@ -87,40 +87,21 @@ def _arrays(call: FusedCall, request: StatisticsRequest, lead: tuple[int, ...]) 
     }
 
 
-def merge_states(call: FusedCall, states: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One row from the states of its splits: every sum is rescaled to the common maximum."""
-    m, length = states["lse"], states["real"]
-    shift = m.amax(0)
-    sink = None
-    if call.sinks is not None:
-        sink = (call.sinks.float() / LN2)[None, :, None]
-        shift = torch.maximum(shift, sink)
-    weight = torch.exp2(m - shift) * (length > 0)
-    seen = call.real_rows
-    total = (length * weight).sum(0)
-    norm = total if sink is None else total + torch.exp2(sink - shift)
-    norm = torch.where(seen, norm, 1.0)
-    level = torch.where(seen, torch.log2(norm) + shift, 0.0)
-    merged = {"lse": level * LN2, "real": total / norm}
-    if "output" in states:
-        merged["output"] = (states["output"] * weight[..., None]).sum(0) / norm[..., None]
-    if "entropy" in states:
-        spent = ((states["entropy"] + length * (m - shift)) * weight).sum(0) / norm
-        entropy = ((level - shift) * merged["real"] - spent) * LN2
-        merged["entropy"] = torch.where(seen, entropy.clamp(min=0.0), 0.0)
-    if "mean_logit" in states:
-        merged["mean_logit"] = torch.where(seen, states["mean_logit"].sum(0) * LN2 / call.visible_keys, 0.0)
-    if "distance" in states:
-        share = length * weight / torch.where(total > 0, total, 1.0)
-        centre = (states["distance"] * share).sum(0)
-        moment = (states["spread"] * weight).sum(0) / torch.where(total > 0, total, 1.0)
-        moment = moment + (share * (states["distance"] - centre) ** 2).sum(0)
-        place = torch.arange(call.geometry.queries, device=m.device) + call.geometry.query_offset
-        merged["distance"] = torch.where(seen, (place - centre) * merged["real"], 0.0)
-        merged["spread"] = torch.where(seen, moment.clamp(min=0.0).sqrt(), 0.0)
+def _merged(call: FusedCall, request: StatisticsRequest, states: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One row from the states of its splits."""
+    splits, none = len(states["lse"]), call.none()
+    arrays = _arrays(call, request, ())
+    arrays["real"] = torch.empty_like(arrays["lse"])
     if "max_logit" in states:
-        top, best = states["max_logit"].max(0)
-        merged["max_logit"] = torch.where(seen, top, 0.0)
-        if "argmax" in states:
-            merged["argmax"] = torch.where(seen, states["argmax"].gather(0, best[None])[0], -1)
-    return merged
+        arrays["max_logit"] = torch.empty_like(arrays["lse"])
+    names = ("lse", "real", "output", "entropy", "mean_logit", "distance", "spread", "max_logit", "argmax")
+    rows, flags = arrays["lse"].numel(), call.flags
+    merge_kernel[(rows,)](
+        *(states.get(name, none) for name in names), none if call.sinks is None else call.sinks.float(), *call.bounds,
+        *(arrays.get(name, none) for name in names), rows, *call.sizes, call.geometry.window or 0, call.v.shape[-1],
+        SPLITS=splits, S_PAD=max(2, 1 << (splits - 1).bit_length()), DV_PAD=1 << (call.v.shape[-1] - 1).bit_length(),
+        PADDED=flags["PADDED"], SINK=call.sinks is not None, CAUSAL=flags["CAUSAL"], WINDOW=flags["WINDOW"],
+        OUTPUT=request.output, ENTROPY=request.entropy, MEAN=request.mean_logit,
+        PLACE=request.distance or request.spread, MAXIMUM="max_logit" in states, ARGMAX=request.argmax, num_warps=4,
+    )  # fmt: skip
+    return arrays
