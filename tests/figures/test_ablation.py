@@ -9,6 +9,7 @@ import pytest
 
 from workbench.errors import RequestError
 from workbench.figures import ablation_chart, caption_of, verdict
+from workbench.figures.controls import whence, with_controls
 
 
 def traces(figure: Any, name: str) -> list[Any]:
@@ -89,3 +90,36 @@ def test_heads_chosen_by_hand_are_called_so(verification: pd.DataFrame) -> None:
     assert "the heads chosen by hand are ablated" in caption_of(figure)
     assert figure.layout.yaxis.ticktext[0].startswith("<b>Chosen by hand</b>")
     assert "2 heads, mean" in figure.layout.yaxis.ticktext[0]
+
+
+def test_more_than_the_controls_mean_but_within_their_range_stays_open(verification: pd.DataFrame) -> None:
+    row = verification.iloc[0].to_dict() | {"control_low": -0.47, "control_effect": 0.3, "control_high": 1.5}
+    said = verdict(row)
+    assert (said.kind, said.label) == ("inside", "inside control range")
+    assert "more than random heads do on average (+0.30)" in said.sentence
+    assert "the claim stays open" in said.sentence
+    assert "nothing particular" in verdict(row | {"low": 0.2}).sentence
+    better = {"better": "higher", "effect": -0.4, "low": -0.6, "high": -0.2, "control_low": -0.5, "control_high": 0.1}
+    assert "stays open" in verdict(row | better | {"control_effect": -0.1}).sentence
+    assert "nothing particular" in verdict(row | better | {"control_effect": -0.3}).sentence
+
+
+@pytest.mark.parametrize(
+    ("different", "said"),
+    [(1, "the one set of matched"), (4, "4 different sets of matched"), (10, "10 draws of matched")],
+)
+def test_different_control_sets_are_counted(verification: pd.DataFrame, different: int, said: str) -> None:
+    found = verdict(verification.iloc[0].to_dict() | {"different_draws": different})
+    assert said in found.sentence
+    assert found.label == ("effect shown" if different == 10 else "too few controls")
+
+
+def test_older_runs_get_their_control_sets_from_the_draws(verification: pd.DataFrame, draws: pd.DataFrame) -> None:
+    rows = with_controls(verification, draws.assign(heads="L2H0 L3H1"))
+    assert rows["different_draws"].tolist()[:2] == [1, 1]
+    assert rows["other_layers"].tolist()[:2] == [0, 2]
+    assert whence(rows.head(1).to_dict("records")) == " of the same layers"
+    assert "of the nearest ones" in whence(rows.head(2).to_dict("records"))
+    assert whence(rows.tail(1).to_dict("records")) == "", "nothing is claimed of controls without a record"
+    caption = caption_of(ablation_chart(verification, draws.assign(heads="L2H0 L3H1"), metric="loss"))
+    assert "beside the one set of as many random heads of the same layers or, where" in caption

@@ -9,15 +9,17 @@ from typing import Any
 from markupsafe import Markup
 
 from workbench.figures import DARK, LIGHT, Palette, template
+from workbench.figures.controls import whence
 from workbench.figures.text import in_order
 from workbench.reports.cards import Card, cards
 from workbench.reports.catalogue import Catalogue, catalogue
 from workbench.reports.charts import charts
+from workbench.reports.commands import heads_command, verify_command
 from workbench.reports.examples import Pattern, patterns, reach
 from workbench.reports.facts import checks, duration, model_facts, moment, run_facts, steps
 from workbench.reports.findings import Finding, findings, probes, remarks, summary, switching_heads, verification_rows
 from workbench.reports.payload import size_of
-from workbench.reports.source import RunLike, frame
+from workbench.reports.source import RunLike, ablations, frame, shown_title
 from workbench.reports.statistics import Statistics, statistics, statistics_summary
 from workbench.reports.table import head_table
 
@@ -89,6 +91,7 @@ def build(run: RunLike) -> Content:
     chosen = cards(run, known, found)
     leading = findings(run, known)
     verification = verification_rows(run, known)
+    tested = ablations(run)
     by_hand = bool(verification) and all(row["by_hand"] for row in verification)
     asks_scores = not (known or measured or by_hand)
     certificate = run.manifest.get("certificate", {})
@@ -97,13 +100,16 @@ def build(run: RunLike) -> Content:
         scores = measured.scores()
     columns = list(known) or (measured.columns if measured is not None else [])
     texts: dict[str, Any] = {
-        "title": run.title,
+        "title": shown_title(run),
         "run_id": str(run.manifest.get("id", "")),
         "kind": str(run.manifest.get("kind", "run")),
         "created": moment(run.manifest.get("created")),
         "duration": duration(run),
         # commands that would fill a section are named only where the run leaves a question open
         "asks_scores": asks_scores,
+        "heads_command": heads_command(run),
+        "verify_command": verify_command(run, leading),
+        "whence": whence(() if tested is None else tested.to_dict("records")),
         "asks_ablation": not verification and (bool(known) or asks_scores),
         "by_hand": by_hand,
         "columns": columns,

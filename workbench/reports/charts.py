@@ -16,7 +16,7 @@ from workbench.reports.cards import MOST_CURVES, Card
 from workbench.reports.catalogue import Catalogue
 from workbench.reports.examples import Pattern
 from workbench.reports.payload import figure_pair
-from workbench.reports.source import RunLike, frame
+from workbench.reports.source import RunLike, ablations, frame
 from workbench.reports.statistics import Statistics
 
 Pair = dict[str, Any]
@@ -49,7 +49,7 @@ def _plans(
     contrast = frame(run, "domain_contrast")
     if contrast is not None and {"prose", "code"} <= set(contrast["domain"]):
         yield "contrast", "contrast", partial(_contrast, contrast)
-    verification = frame(run, "verification")
+    verification = ablations(run)
     if verification is not None:
         draws = frame(run, "verification_draws")
         yield "ablation", "ablation", partial(_ablation, verification, draws, titles)

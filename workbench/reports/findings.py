@@ -13,10 +13,12 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
+from workbench.figures.controls import beyond_mean, counted_sets, few_sets, whence
 from workbench.figures.text import BY_HAND, interval, number, probability, readable, signed
 from workbench.figures.verdict import Verdict, verdict
 from workbench.reports.catalogue import Catalogue, DetectorInfo, like_null
-from workbench.reports.source import RunLike, frame, head_name, model_named
+from workbench.reports.prompts import too_few
+from workbench.reports.source import RunLike, ablations, frame, head_name, model_named
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Causal:
     """One ablation in words."""
 
     brief: str
+    open_claim: str
     text: str
     control: str
     verdict: Verdict
@@ -43,6 +46,7 @@ class Finding:
     q: float
     passing: int | None
     weak: int
+    few: str
     heads: int
     causal: Causal | None
 
@@ -56,7 +60,7 @@ class Finding:
 
     @property
     def null_text(self) -> str:
-        return number(self.null)
+        return number(self.null, beside=(self.value,))
 
     @property
     def like_null(self) -> bool:
@@ -70,7 +74,8 @@ class Finding:
             return ""
         none = "it is not" if self.passing == 1 else "none of them is"
         some = f"{self.weak} of them {'is' if self.weak == 1 else 'are'} not"
-        return f"{none if self.weak == self.passing else some} distinguished from the null"
+        why = f": {self.few}" if self.few else ""
+        return f"{none if self.weak == self.passing else some} distinguished from the null{why}"
 
 
 def findings(run: RunLike, known: Catalogue) -> list[Finding]:
@@ -78,7 +83,7 @@ def findings(run: RunLike, known: Catalogue) -> list[Finding]:
     scores = frame(run, "head_scores")
     if scores is None:
         return []
-    verification = frame(run, "verification")
+    verification = ablations(run)
     return [_finding(scores, verification, detector) for detector in known.leading()]
 
 
@@ -99,6 +104,7 @@ def _finding(scores: pd.DataFrame, verification: pd.DataFrame | None, detector: 
         q=float(best["q"]),
         passing=int(reaching.sum()) if detector.has_threshold else None,
         weak=int(weak.sum()) if detector.has_threshold else 0,
+        few=too_few(rows[reaching], detector) if reaching.any() and weak.sum() == reaching.sum() else "",
         heads=len(rows),
         causal=_causal(verification, detector.name),
     )
@@ -114,8 +120,10 @@ def remarks(run: RunLike, known: Catalogue) -> dict[str, str]:
         rows = scores[(scores["detector"] == detector.name) & scores["value"].notna()]
         reaching = detector.passes(rows["value"].to_numpy(float)) & detector.has_threshold
         if reaching.any() and like_null(rows["q"].to_numpy(float))[reaching].all():
+            few = too_few(rows[reaching], detector)
             found[detector.name] = (
-                f"{reaching.sum()} of {len(rows)} heads reach the threshold; none is distinguished from the null."
+                f"{reaching.sum()} of {len(rows)} heads reach the threshold; none is distinguished from the null"
+                f"{f': {few}' if few else ''}."
             )
     return found
 
@@ -137,16 +145,40 @@ def causal(row: dict[str, Any]) -> Causal:
     heads = "the top head" if count == 1 else f"the top {count} heads"
     unit = f" {row['unit']}" if str(row.get("unit", "")).startswith(_SPOKEN_UNITS) else ""
     name = readable(row["metric"])
-    metric = f"{name} from {number(row['baseline'])} to {number(row['ablated'])}"
+    before, after = _ends(row)
     spread = interval(row["control_low"], row["control_high"])
+    control = f"{signed(row['control_effect'], beside=_scale(row))}{unit}"
     return Causal(
         brief=f"without its top {f'{count} heads' if count > 1 else 'head'}, {name} goes from "
-        f"{number(row['baseline'])} to {number(row['ablated'])}{unit} "
-        f"(matched random heads: {signed(row['control_effect'])})",
-        text=f"Ablating {heads} takes {metric}: {signed(row['effect'])}{unit} ({interval(row['low'], row['high'])}).",
-        control=f"Random heads: {signed(row['control_effect'])}" + (f" ({spread})." if spread else "."),
+        f"{before} to {after}{unit} (matched random heads: {control.removesuffix(unit)})",
+        text=f"Ablating {heads} takes {name} from {before} to {after}: {_effect(row)}{unit} "
+        f"({interval(row['low'], row['high'])}).",
+        control=f"{_sets(row)}: {control.removesuffix(unit)}" + (f" ({spread})." if spread else "."),
+        open_claim=f"ablating its top heads takes {name} from {before} to {after}{unit} ({_effect(row)}), more than "
+        f"random heads do on average ({control.removesuffix(unit)}) but within their range ({spread}), so the claim "
+        "stays open"
+        if beyond_mean(row)
+        else "",
         verdict=verdict(row),
     )
+
+
+def _scale(row: dict[str, Any]) -> tuple[float, float]:
+    """The numbers that an effect is between."""
+    return float(row["baseline"]), float(row["ablated"])
+
+
+def _ends(row: dict[str, Any], digits: int = 2) -> tuple[str, str]:
+    """The metric before and after."""
+    return number(row["baseline"], digits, beside=_scale(row)), number(row["ablated"], digits, beside=_scale(row))
+
+
+def _effect(row: dict[str, Any], digits: int = 2) -> str:
+    return signed(row["effect"], digits, _scale(row))
+
+
+def _sets(row: dict[str, Any]) -> str:
+    return f"Random heads, {counted_sets(row['different_draws'])}" if few_sets(row) else "Random heads"
 
 
 # shares and recalls read better without their unit
@@ -155,7 +187,7 @@ _SPOKEN_UNITS = ("nats", "bits")
 
 def summary(run: RunLike, known: Catalogue, found: list[Finding]) -> Markup:
     """One paragraph: the model, its leading heads, what ablations showed and did not show."""
-    table = frame(run, "verification")
+    table = ablations(run)
     by_hand = [] if table is None else _by_hand(run, table[table["detector"] == BY_HAND])
     parts = [] if by_hand and not known else [_opening(run, len(known))]
     parts += [_leading(finding) for finding in found]
@@ -196,14 +228,14 @@ def _by_hand_effect(row: dict[str, Any]) -> Markup:
     name = readable(row["metric"])
     unit = f" {row['unit']}" if str(row.get("unit", "")).startswith(_SPOKEN_UNITS) else ""
     spread = interval(row["low"], row["high"])
-    return Markup("{} goes from {} to {}{}: {}{}, and {} without random heads of the same layers. {}").format(
+    return Markup("{} goes from {} to {}{}: {}{}, and {} without random heads{}. {}").format(
         name[:1].upper() + name[1:],
-        number(row["baseline"]),
-        number(row["ablated"]),
+        *_ends(row),
         unit,
-        signed(row["effect"]),
+        _effect(row),
         f" (95 % interval {spread})" if spread else "",
-        signed(row["control_effect"]),
+        signed(row["control_effect"], beside=_scale(row)),
+        whence([row]),
         verdict(row).sentence,
     )
 
@@ -226,7 +258,10 @@ def _leading(finding: Finding) -> Markup:
     if tested is not None and tested.verdict.kind == "shown":
         text += Markup("; {}").format(tested.brief)
     elif tested is not None and tested.verdict.kind == "unsure":
-        text += Markup("; {}, which is not settled").format(tested.brief)
+        few = " (too few controls)" if tested.verdict.label == "too few controls" else ""
+        text += Markup("; {}, which is not settled{}").format(tested.brief, few)
+    elif tested is not None and tested.verdict.kind == "inside" and tested.open_claim:
+        text += Markup("; {}").format(tested.open_claim)
     elif tested is not None:
         text += Markup("; {}").format(_NOT_SHOWN[tested.verdict.kind])
     return text + Markup(".")
@@ -252,7 +287,7 @@ def _balance(verification: pd.DataFrame | None) -> list[Markup]:
 _OUTCOMES = {
     "shown": "had an effect beyond matched random heads",
     "inside": "stayed within the range of random heads",
-    "unsure": "went beyond random heads but are not settled (interval or q)",
+    "unsure": "went beyond random heads but are not settled (interval, q or too few controls)",
     "reverse": "made the metric better",
     "uncontrolled": "had no control",
 }
@@ -260,7 +295,7 @@ _OUTCOMES = {
 
 def verification_rows(run: RunLike, known: Catalogue) -> list[dict[str, Any]]:
     """The ablation table as texts."""
-    table = frame(run, "verification")
+    table = ablations(run)
     if table is None:
         return []
     return [_verification_row(row, known) for row in table.to_dict("records")]
@@ -268,6 +303,7 @@ def verification_rows(run: RunLike, known: Catalogue) -> list[dict[str, Any]]:
 
 def _verification_row(row: dict[str, Any], known: Catalogue) -> dict[str, Any]:
     k, by_hand = int(row["k"]), str(row["detector"]) == BY_HAND
+    before, after = _ends(row, 3)
     return {
         "set": "Chosen by hand" if by_hand else f"{known.get(str(row['detector'])).title}, top {k}",
         "by_hand": by_hand,
@@ -276,11 +312,11 @@ def _verification_row(row: dict[str, Any], known: Catalogue) -> dict[str, Any]:
         "metric": readable(row["metric"]),
         "unit": row["unit"],
         "better": row["better"],
-        "baseline": number(row["baseline"], 3),
-        "ablated": number(row["ablated"], 3),
-        "effect": signed(row["effect"], 3),
+        "baseline": before,
+        "ablated": after,
+        "effect": _effect(row, 3),
         "interval": interval(row["low"], row["high"], 3),
-        "control": signed(row["control_effect"], 3),
+        "control": signed(row["control_effect"], 3, _scale(row)),
         "control_interval": interval(row["control_low"], row["control_high"], 3),
         "draws": number(row["draws"], places=0),
         "p": probability(row["p"]),

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 import xarray as xr
 from markupsafe import Markup
+
+from workbench.figures.controls import with_controls
+
+_MOST_LISTED = 3
+_LISTED = re.compile(rf"L\d+H\d+(?:, L\d+H\d+){{{_MOST_LISTED},}}")
 
 
 @runtime_checkable
@@ -42,6 +48,22 @@ def frame(run: RunLike, name: str) -> pd.DataFrame | None:
         # Equal scores stand in the order of their ranks, so that the first of them is the one to name.
         table = table.sort_values("rank", kind="stable", ignore_index=True)
     return None if table.empty else table
+
+
+def ablations(run: RunLike) -> pd.DataFrame | None:
+    """The table of ablations with what is known of its control sets; None where the run has none."""
+    table = frame(run, "verification")
+    return None if table is None else with_controls(table, frame(run, "verification_draws"))
+
+
+def shown_title(run: RunLike) -> str:
+    """The run's title; of a longer list of heads in it the first three and how many more there are."""
+    return _LISTED.sub(_shortened, run.title)
+
+
+def _shortened(found: re.Match[str]) -> str:
+    names = found[0].split(", ")
+    return f"{', '.join(names[:_MOST_LISTED])} and {len(names) - _MOST_LISTED} more"
 
 
 def model_named(run: RunLike) -> Markup:
