@@ -141,6 +141,17 @@ def test_compare_notes_other_models_and_prompts(tmp_path):
     assert "does not record" in attributes["notes"][0]
 
 
+def test_compare_says_when_nothing_differs(tmp_path):
+    frame = scores(("sink", 0, 0, 0.5, 0.4, 0.6), ("echo", 0, 0, np.nan, np.nan, np.nan))
+    a, more = make(tmp_path / "a", frame), make(tmp_path / "b", frame.head(1))
+    alike = compare_runs(a, a).attrs
+    assert alike["identical"]
+    assert alike["notes"][-1] == "The scores are identical: all 2, with their intervals."
+    assert not compare_runs(a, more).attrs["identical"]
+    moved = make(tmp_path / "c", frame.assign(low=[0.3, np.nan]))
+    assert not compare_runs(a, moved).attrs["identical"]
+
+
 def test_compare_refuses_what_cannot_be_compared(tmp_path):
     a = make(tmp_path / "a", scores(("sink", 0, 0, 0.5, 0.4, 0.6)))
     other = make(tmp_path / "b", scores(("echo", 3, 1, 0.5, 0.4, 0.6)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from workbench.errors import RunError
@@ -20,7 +21,7 @@ def compare_runs(a: Run, b: Run) -> pd.DataFrame:
     Columns: detector, layer, head, value_a, value_b, difference (b - a), low_a, high_a, low_b, high_b,
     overlap (whether the two intervals have a number in common; missing where an interval is). `attrs` of the
     frame: the runs' ids as `a` and `b`; `same_weights`, `same_prompts` (None if a run does not say); `notes`,
-    sentences on what makes the two less than comparable.
+    sentences on what makes the two less than comparable; `identical`, whether all scores and intervals are the same.
     """
     left, right = _scores(a), _scores(b)
     joined = left.merge(right, on=_KEYS, suffixes=("_a", "_b"), sort=True)
@@ -37,7 +38,16 @@ def compare_runs(a: Run, b: Run) -> pd.DataFrame:
     order = [*_KEYS, "value_a", "value_b", "difference", *bounds.columns, "overlap"]
     result = joined[order]
     result.attrs = _attributes(a, b, len(left) - len(joined), len(right) - len(joined))
+    result.attrs["identical"] = left.shape == right.shape and len(joined) == len(left) and _alike(joined)
+    if result.attrs["identical"]:
+        result.attrs["notes"].append(f"The scores are identical: all {len(joined)}, with their intervals.")
     return result
+
+
+def _alike(joined: pd.DataFrame) -> bool:
+    """Whether every score and bound is the same in both, or missing in both."""
+    a, b = ([f"{name}_{side}" for name in _VALUES] for side in "ab")
+    return bool(np.array_equal(joined[a].to_numpy(), joined[b].to_numpy(), equal_nan=True))
 
 
 def _scores(run: Run) -> pd.DataFrame:
