@@ -160,5 +160,6 @@ def _broken(positions: Array, values: Array) -> tuple[Array, Array]:
 def _caption(rows: pd.DataFrame) -> str:
     heads = [f"L{layer}H{head}" for layer, head in rows[["layer", "head"]].drop_duplicates().values]
     named = ", ".join(heads) if len(heads) <= _MOST_NAMED else f"{len(heads)} heads"
-    names = ", ".join(readable(name) for name in dict.fromkeys(rows["statistic"]))
-    return f"{named} over the query position: {names}; mean over the detector's prompts."
+    # names have commas of their own: `first token, prose`
+    names = "; ".join(readable(name) for name in dict.fromkeys(rows["statistic"]))
+    return f"{named} over the query position: {names}. Mean over the detector's prompts."
