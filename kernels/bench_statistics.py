@@ -202,7 +202,7 @@ def main() -> None:
     """Verify, measure, append."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072])
-    parser.add_argument("--decode-tokens", type=int, nargs="*", default=[131072, 1048576])
+    parser.add_argument("--decode-tokens", type=int, nargs="*", default=[16384, 131072, 1048576])
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--dim", type=int, default=128)

@@ -93,7 +93,8 @@ def compare(
     for note in found.attrs["notes"]:
         session.say(f"Note: {note}")
     _show_agreement(session, found)
-    _show_differences(session, found, top)
+    if not found.attrs.get("identical"):
+        _show_differences(session, found, top)
 
 
 def _show_manifest(session: Session, run: Run) -> None:
