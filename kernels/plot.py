@@ -32,7 +32,8 @@ def main() -> None:
     figure.update_layout(
         title=f"Cost as a multiple of cuDNN's attention forward<br><sup>{facts['gpu']}, {shape}, medians</sup>",
         xaxis_title="time / time of cuDNN's forward", yaxis={"autorange": "reversed"}, barmode="group",
-        template="plotly_white", width=1000, height=760, margin={"l": 290, "t": 80}, legend={"orientation": "h", "x": 0.7, "y": 1.06},
+        template="plotly_white", width=1000, height=760, margin={"l": 290, "t": 80},
+        legend={"orientation": "h", "x": 0.7, "y": 1.06},
     )  # fmt: skip
     figure.write_html(RESULTS / "statistics.html", include_plotlyjs=True)
     print(RESULTS / "statistics.html")
