@@ -80,7 +80,7 @@ def test_every_named_statistic_can_be_asked_for():
 
 
 def test_every_statistic_without_labels_has_a_name_here():
-    from workbench.cli.trace import PLAIN_STATISTICS, SIZED_STATISTICS
+    from workbench.cli.trace import PLAIN_STATISTICS, SIZED_STATISTICS, parse_statistics
     from workbench.tracing import statistics
 
     made = {
@@ -89,4 +89,5 @@ def test_every_statistic_without_labels_has_a_name_here():
         if getattr(value, "__module__", "") == statistics.__name__ and not name.startswith("_") and name[0].islower()
     }
     # These two take tensors.
-    assert made - {"mass", "at_keys"} == {*PLAIN_STATISTICS, *SIZED_STATISTICS}
+    assert made - {"mass", "at_keys"} == {*PLAIN_STATISTICS, *SIZED_STATISTICS, "above"}
+    assert [statistic.name for statistic in parse_statistics("above_0.1,above_.25")] == ["above_0.1", "above_0.25"]

@@ -39,7 +39,9 @@ def everything(batch: Batch) -> list[Statistic | tuple[Statistic, ...]]:
         statistics.mass("weights", labels["weights"]), statistics.at_keys("key", labels["key"]),
         statistics.at_keys("keys", labels["keys"]), statistics.distance(), statistics.sink_mass(),
         statistics.column_sum(), statistics.column_mean(), statistics.column_last(3), statistics.column_last(50),
-        statistics.column_max(), statistics.value_norm(), statistics.output_norm(), statistics.result_norm(),
+        statistics.spread(), statistics.above(0.1), statistics.max_logit(), statistics.mean_logit(),
+        statistics.first_logit(), statistics.column_max(), statistics.value_norm(), statistics.output_norm(),
+        statistics.result_norm(),
     ]  # fmt: skip
 
 
@@ -70,12 +72,35 @@ def naive(a: Tensor, window: int | None, labels: dict[str, Tensor], start: int) 
         "key": at(labels["key"][:, None]),
         "keys": at(labels["keys"]),
         "distance": (a * distance).sum(-1),
+        "spread": deviation(a, distance.double()),
+        "above_0.1": (a > 0.1).double().sum(-1),
         "sink_mass": 1 - a.sum(-1),
         "column_sum": a.sum(1),
         "column_mean": a.sum(1) / visible.sum(0),
         "column_last_3": a[:, -3:].sum(1),
         "column_last_50": a[:, -50:].sum(1),
         "column_max": a.amax(1),
+    }
+
+
+def deviation(a: Tensor, distance: Tensor) -> Tensor:
+    """Standard deviation of the distance under each row, renormalised."""
+    share = a / a.sum(-1, keepdim=True)
+    mean = (share * distance).sum(-1, keepdim=True)
+    return (share * (distance - mean) ** 2).sum(-1).sqrt()
+
+
+def logits(a: Tensor, lse: Tensor, window: int | None) -> dict[str, Tensor]:
+    """Maximum, mean and first of the visible logits: an entry's logarithm is its logit less the log-sum-exp."""
+    n = a.shape[-1]
+    distance = torch.arange(n)[:, None] - torch.arange(n)
+    visible = (distance >= 0) & (distance < (window or n))
+    whole = torch.where(visible, a.log() + lse[..., None], 0.0)
+    first = (torch.arange(n) - (window or n) + 1).clamp(min=0)
+    return {
+        "max_logit": whole.masked_fill(~visible, float("-inf")).amax(-1),
+        "mean_logit": whole.sum(-1) / visible.sum(-1),
+        "first_logit": torch.gather(whole, 2, first.expand(len(a), n)[..., None])[..., 0],
     }
 
 
@@ -94,7 +119,8 @@ def test_every_statistic_is_that_of_the_eager_pattern(exact, make_batch, side: s
         for layer, a in enumerate(truth.patterns):
             shape = spec.layers[layer]
             labels = {name: value[row, real] for name, value in given(batch).items()}
-            expected = naive(a, shape.window, labels, start)
+            lse = trace["lse"][row, layer, : shape.heads, real].double()
+            expected = naive(a, shape.window, labels, start) | logits(a, lse, shape.window)
             z, w = truth.z[layer], exact.output_weight(layer).double()
             v = trace.site("v", layer)[row, real].double()
             expected["value_norm"] = v.norm(dim=-1).T.repeat_interleave(shape.group, dim=0)

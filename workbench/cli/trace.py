@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from workbench.tracing import Model, Statistic, Trace
 
 PLAIN_STATISTICS = (
-    *("entropy", "lse", "max_prob", "argmax", "distance", "sink_mass", "output_norm", "result_norm"),
+    *("entropy", "lse", "max_logit", "mean_logit", "first_logit", "max_prob", "argmax", "distance", "spread"),
+    *("sink_mass", "output_norm", "result_norm"),
     *("value_norm", "column_sum", "column_mean", "column_max"),
 )
 # With a number behind the name; offsets are counted backwards.
@@ -49,7 +51,8 @@ def trace(
         str,
         typer.Option(
             metavar="A,B",
-            help=f"Statistics: {', '.join(PLAIN_STATISTICS)}, first_N, recent_N, offset_-N, column_last_N, top_k_N.",
+            help=f"Statistics: {', '.join(PLAIN_STATISTICS)}, first_N, recent_N, offset_-N, column_last_N, "
+            "top_k_N, above_P.",
         ),
     ] = DEFAULT_STATISTICS,
     top: Annotated[int, typer.Option(metavar="N", min=0, help="How many heads to name.")] = 5,
@@ -92,13 +95,15 @@ def parse_statistics(text: str) -> list[Statistic]:
             made = getattr(library, name)()
         elif kind in SIZED_STATISTICS and number.removeprefix("-").isdigit():
             made = _sized(library, name, kind, int(number))
+        elif kind == "above" and re.fullmatch(r"0?\.\d+", number):
+            made = library.above(float(number))
         else:
-            every = [*PLAIN_STATISTICS, *(f"{kind}_1" for kind in SIZED_STATISTICS)]
+            every = [*PLAIN_STATISTICS, *(f"{kind}_1" for kind in SIZED_STATISTICS), "above_0.1"]
             near = get_close_matches(name, every, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise RequestError(
                 f"No statistic {name!r}.{hint} There are {', '.join(PLAIN_STATISTICS)}, and with a number "
-                f"{', '.join(SIZED_STATISTICS)} (first_4, offset_-1)."
+                f"{', '.join(SIZED_STATISTICS)}, above (first_4, offset_-1, above_0.1)."
             )
         found += made if isinstance(made, tuple) else [made]
     called = [statistic.name for statistic in found]

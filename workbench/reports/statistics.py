@@ -36,6 +36,10 @@ _KNOWN = {
     "distance": ("mean distance from a query to what it attends to", "tokens"),
     "sink_mass": ("attention that goes to a learned sink", _SHARE),
     "output_norm": ("norm of the head's output, before the output matrix", "norm"),
+    "max_logit": ("largest logit of a row", "nats"),
+    "mean_logit": ("mean logit over the keys that a query sees", "nats"),
+    "first_logit": ("logit of the first key that a query sees", "nats"),
+    "spread": ("standard deviation of the distance to what is attended to", "tokens"),
     "result_norm": ("norm of what the head writes into the residual stream", "norm"),
     "value_norm": ("norm of a key's value vector", "norm"),
     "column_sum": ("attention that a key receives, summed over the queries", "sum of shares"),
@@ -43,6 +47,7 @@ _KNOWN = {
     "column_max": ("largest weight that any query gives to a key", _SHARE),
 }
 _SIZED = {
+    "above": ("keys that get more than {} of a query's attention", "keys"),
     "first": ("attention to the first {} tokens", _SHARE),
     "recent": ("attention to the last {} tokens, the query's own included", _SHARE),
     "offset": ("attention to the token at offset {}", _SHARE),

@@ -188,6 +188,7 @@ class Preflight:
         request, (features, slots) = self.plan.request, self._columns()
         per_row = (
             sum([request.lse, request.max_prob, request.entropy, request.distance, request.sink_mass])
+            + sum([request.max_logit, request.mean_logit, request.first_logit, request.spread]) + len(request.above)
             + 2 * request.argmax + 3 * request.top_k + len(request.first) + len(request.recent)
             + len(request.offsets) + features + slots
             + request.column_sum + request.column_max + len(request.column_last)

@@ -74,7 +74,7 @@ def _field(name: str) -> Callable[[Measured], Tensor]:
     return read
 
 
-def _entry(name: str, sizes: str, size: int, dim: int = -1) -> Callable[[Measured], Tensor]:
+def _entry(name: str, sizes: str, size: float, dim: int = -1) -> Callable[[Measured], Tensor]:
     """One entry of a result that holds several sizes, at its place in the merged request."""
 
     def read(measured: Measured) -> Tensor:
@@ -102,6 +102,27 @@ def entropy() -> Statistic:
 def max_prob() -> Statistic:
     """The row's largest probability."""
     return Statistic("max_prob", StatisticsRequest(max_prob=True), _field("max_prob"))
+
+
+def max_logit() -> Statistic:
+    """The row's largest logit (scaled, soft-capped; nats)."""
+    return Statistic("max_logit", StatisticsRequest(max_logit=True), _field("max_logit"))
+
+
+def mean_logit() -> Statistic:
+    """Mean logit over the keys that the query sees (nats)."""
+    return Statistic("mean_logit", StatisticsRequest(mean_logit=True), _field("mean_logit"))
+
+
+def first_logit() -> Statistic:
+    """Logit of the first key that the query sees (nats); less `mean_logit`, it is the sink logit gap."""
+    return Statistic("first_logit", StatisticsRequest(first_logit=True), _field("first_logit"))
+
+
+def above(probability: float) -> Statistic:
+    """How many keys have more than a probability."""
+    request = StatisticsRequest(above=(probability,))
+    return Statistic(f"above_{probability:g}", request, _entry("above", "above", probability))
 
 
 def argmax() -> Statistic:
@@ -179,6 +200,11 @@ def at_keys(name: str, keys: Int[Tensor, "prompt query *slot"]) -> Statistic:
 def distance() -> Statistic:
     """Mean distance from the query to what it attends to (tokens)."""
     return Statistic("distance", StatisticsRequest(distance=True), _field("distance"))
+
+
+def spread() -> Statistic:
+    """Standard deviation of the distance from the query to what it attends to (tokens), over real keys."""
+    return Statistic("spread", StatisticsRequest(spread=True), _field("spread"))
 
 
 def sink_mass() -> Statistic:
