@@ -15,7 +15,6 @@ kernels/results/capture.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import gc
 import json
@@ -27,6 +26,8 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+
+from record import append
 
 WAYS = ("plain", "statistics", "eager", "eager_statistics")
 RESULTS = Path(__file__).parent / "results" / "capture.csv"
@@ -179,13 +180,7 @@ def main() -> None:
             row = report(way, tokens, found, plain, arguments.model)
             plain = row["median_s"] if way == "plain" else plain
             rows.append(row)
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(RESULTS, rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Prints medians, ratios and peak memory; appends rows to kernels/results/model.cs
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics as quantiles
 import time
 from collections.abc import Callable
@@ -19,8 +18,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from record import append
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
+from verify import require_green
 
 import workbench
 from workbench import statistics as s
@@ -62,7 +63,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--verified", action="store_true", help="the tests have just passed on this machine")
     arguments = parser.parse_args()
+    if not arguments.verified:
+        require_green()
     rows = []
     for tokens in arguments.tokens:
         hf = build(tokens)
@@ -114,13 +118,7 @@ def main() -> None:
             )
         del model, hf
         torch.cuda.empty_cache()
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(RESULTS, rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Prints one line a case (median with 20 % and 80 % quantiles) and appends rows to
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 import triton
+from record import append
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from triton.testing import do_bench
@@ -227,13 +227,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     for tokens in arguments.decode_tokens:
         rows += decode(tokens, arguments, facts)
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(RESULTS, rows)
 
 
 if __name__ == "__main__":

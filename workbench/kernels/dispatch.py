@@ -3,8 +3,8 @@
 Four implementations stand behind `attention_statistics`: `reference` (float64, the full matrix, the oracle),
 `blocks` (one streaming pass in torch, any device), `identities` (stock fused attention, for linear statistics) and
 `triton` (our kernels: CUDA, or Triton's interpreter). `attention_output` is attention without statistics: stock
-`scaled_dot_product_attention` wherever that computes the model's attention, `blocks` where it cannot (a window
-shorter than the prompt, soft-capped logits, learned sinks).
+`scaled_dot_product_attention` wherever that computes the model's attention; where it cannot (a window shorter than
+the prompt, soft-capped logits, learned sinks), `triton` on CUDA and `blocks` elsewhere.
 """
 
 from __future__ import annotations
@@ -123,9 +123,9 @@ def _choose(asked: Implementation, reached: bool, q: Tensor, v: Tensor) -> Imple
     if asked == "auto":
         if q.device.type != "cuda":
             return "blocks"
-        return (
-            "triton" if triton_takes(max(q.shape[-1], v.shape[-1]), q.dtype) else "identities" if reached else "blocks"
-        )
+        if triton_takes(max(q.shape[-1], v.shape[-1]), q.dtype):
+            return "triton"
+        return "identities" if reached else "blocks"
     if asked == "identities" and not reached:
         raise RequestError(
             "The linear identities reach neither maxima, columns, windows, soft caps nor learned sinks, and in half "

@@ -253,7 +253,11 @@ class Preflight:
                 # k and v, repeated for the backend that has no grouped heads.
                 parts += 2
             return rows * (parts * shape.head_dim * self.element + FLOAT)
-        work = _blocks(piece, shape, StatisticsRequest(output=True), 0, self.element, self.device)
+        if self.device == "cuda" and triton_takes(shape.head_dim, self.attachment.dtype):
+            # The log-sum-exp.
+            work = rows * FLOAT
+        else:
+            work = _blocks(piece, shape, StatisticsRequest(output=True), 0, self.element, self.device)
         return rows * shape.head_dim * FLOAT + work
 
     def _logits(self, piece: Piece) -> None:
