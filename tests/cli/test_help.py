@@ -61,11 +61,11 @@ def test_a_misspelt_command_is_answered_with_the_nearest(call):
 def test_names_in_the_help_are_those_that_exist():
     from workbench.cli.options import DETECTOR_NAMES
     from workbench.cli.verify import HowName, ProbeName
-    from workbench.heads import DETECTORS
+    from workbench.heads import CORE
     from workbench.heads.probes import _BUILDERS
     from workbench.tracing.edits import HOWS
 
-    assert set(DETECTOR_NAMES) == set(DETECTORS)
+    assert set(DETECTOR_NAMES) == set(CORE)
     assert {how.value for how in HowName} == set(HOWS)
     assert {probe.value for probe in ProbeName} == set(_BUILDERS)
 

@@ -65,18 +65,19 @@ def count_steps(settings: SurveySettings) -> int:
 def predicted_peak(model: Model, settings: SurveySettings) -> str:
     """The prediction for the largest pass of a survey, as a sentence."""
     from workbench.heads import build_probe
-    from workbench.heads.detection import KINDS, build_tasks, choose
-    from workbench.heads.probes import PROBE_OF
+    from workbench.heads.detection import choose
+    from workbench.heads.kinds import KINDS, wanted_statistics
 
     found = []
-    for kind in KINDS:
-        detectors = [d for d in choose(settings.detectors) if d.kind == kind]
-        if not detectors or kind == "needle_greedy":
+    for kind in KINDS.values():
+        detectors = [d for d in choose(settings.detectors) if d.kind == kind.name]
+        if not detectors or not kind.traced:
             continue
-        for task in build_tasks(model, kind, settings.detection):
-            wanted = {s.name: s for detector in detectors for s in detector.statistics(task)}
-            found.append(model.predict_memory(task.batch, statistics=list(wanted.values())))
-    if any((settings.probe or PROBE_OF[name]) == "held_out" for name in settings.verify):
+        for task in kind.tasks(model, settings.detection):
+            wanted = wanted_statistics(task, detectors)
+            sites = tuple(dict.fromkeys(site for detector in detectors for site in detector.sites))
+            found.append(model.predict_memory(task.batch, statistics=wanted, sites=sites))
+    if any(settings.probe_of(name) == "held_out" for name in settings.verify):
         tasks = build_probe("held_out", model, settings.probes).tasks
         found += [model.predict_memory(task.batch, loss=True) for task in tasks]
     if not found:

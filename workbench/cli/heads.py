@@ -30,7 +30,7 @@ def heads(
     model: options.Model,
     detectors: Annotated[
         str | None,
-        typer.Option(metavar="A,B", help=f"Detectors: {', '.join(options.DETECTOR_NAMES)}. [default: all]"),
+        typer.Option(metavar="A,B", help=f"Detectors: {', '.join(options.DETECTOR_NAMES)}. [default: these; `workbench atlas --list` shows all]"),
     ] = None,
     prompts: Annotated[
         int | None,

@@ -1,14 +1,16 @@
 """Detectors of heads, and the causal test of what they claim."""
 
 from workbench.heads.detection import HeadScores as HeadScores
-from workbench.heads.detection import Settings as Settings
 from workbench.heads.detection import detect as detect
 from workbench.heads.detector import Detector as Detector
+from workbench.heads.detector import Kind as Kind
+from workbench.heads.detectors import CORE as CORE
 from workbench.heads.detectors import DETECTORS as DETECTORS
-from workbench.heads.probes import PROBE_OF as PROBE_OF
+from workbench.heads.kinds import KINDS as KINDS
 from workbench.heads.probes import Probe as Probe
 from workbench.heads.probes import ProbeSettings as ProbeSettings
 from workbench.heads.probes import build_probe as build_probe
+from workbench.heads.settings import Settings as Settings
 from workbench.heads.verification import Ablator as Ablator
 from workbench.heads.verification import Claim as Claim
 from workbench.heads.verification import Verification as Verification

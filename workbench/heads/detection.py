@@ -2,49 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from workbench.errors import RequestError
-from workbench.heads.detector import Array, Detector, Kind, Part, PromptScores, rows_mean, traced
-from workbench.heads.detectors import DETECTORS
+from workbench.heads.detector import Array, Detector, Part, Progress, PromptScores, rows_mean, traced
+from workbench.heads.detectors import CORE, DETECTORS
 from workbench.heads.detectors.text import later_rows
-from workbench.heads.inference import Better, bootstrap_difference, bootstrap_mean, paired_p, q_values, unpaired_p
-from workbench.heads.repeats import random_repeats
+from workbench.heads.inference import (
+    Better,
+    Interval,
+    bootstrap_difference,
+    bootstrap_mean,
+    drawn_p,
+    paired_p,
+    q_values,
+    unpaired_p,
+)
+from workbench.heads.kinds import KINDS
+from workbench.heads.settings import Settings
 from workbench.models import Head
-from workbench.tasks import Task, needle_grid, text_domains
-from workbench.tracing import Model, Statistic, Trace
-
-Progress = Callable[[int, int], None]
-KINDS: tuple[Kind, ...] = ("text", "repeated", "needle", "needle_greedy")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Sizes of the detectors' tasks; the defaults are the published ones where a laptop can run them.
-
-    `bos_id` is the start token of a model that comes without a tokenizer.
-    """
-
-    seed: int = 0
-    bos_id: int | None = None
-    text_prompts: int = 50
-    text_length: int = 64
-    repeat_prompts: int = 10
-    repeat_length: int = 50
-    repeat_copies: int = 3
-    needle_lengths: tuple[int, ...] = (160, 256)
-    needle_depths: int = 3
-    greedy_lengths: tuple[int, ...] = (160,)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+from workbench.tracing import Model, Trace
 
 
 @dataclass(frozen=True)
@@ -82,70 +65,20 @@ class HeadScores:
 
 
 def choose(names: Sequence[str] | None) -> list[Detector]:
-    """Detectors by name, all by default; an unknown name is answered with the nearest."""
+    """Detectors by name, the core ones by default; an unknown name is answered with the nearest."""
     for name in names or ():
         if name not in DETECTORS:
             near = get_close_matches(name, DETECTORS, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise RequestError(f"No detector {name!r}.{hint} There are {', '.join(DETECTORS)}.")
-    return [DETECTORS[name] for name in names or DETECTORS]
-
-
-def build_tasks(model: Model, kind: Kind, settings: Settings) -> list[Task]:
-    """The prompts of one kind for this model's tokenizer."""
-    if kind == "repeated":
-        return [
-            random_repeats(
-                model,
-                settings.repeat_prompts,
-                settings.repeat_length,
-                settings.repeat_copies,
-                settings.seed,
-                settings.bos_id,
-            )
-        ]
-    if model.tokenizer is None:
-        raise RequestError(f"Detectors on {kind} prompts need a tokenizer; load the model with one.")
-    if kind == "text":
-        found = text_domains(
-            model.tokenizer, prompts=settings.text_prompts, length=settings.text_length, seed=settings.seed
-        )
-        return list(found.values())
-    lengths = settings.needle_lengths if kind == "needle" else settings.greedy_lengths
-    return [needle_grid(model.tokenizer, lengths, settings.needle_depths, settings.seed)]
-
-
-def run_kind(
-    model: Model, kind: Kind, detectors: Sequence[Detector], tasks: Sequence[Task], progress: Progress | None = None
-) -> list[Part]:
-    """One pass over each task with everything that these detectors ask for."""
-    parts, total, done = [], sum(len(task) for task in tasks), 0
-    for task in tasks:
-        statistics: dict[str, Statistic] = {}
-        for detector in detectors:
-            statistics |= {statistic.name: statistic for statistic in detector.statistics(task)}
-        if kind == "needle_greedy":
-            assert task.decoding is not None
-            longest = int(task.n_answers.max()) + 8
-            parts.append(Part(task, model.generate(task.decoding, longest, statistics=list(statistics.values()))))
-        else:
-            count = None if progress is None else partial(_shifted, progress, done, total)
-            parts.append(Part(task, model.trace(task.batch, statistics=list(statistics.values()), progress=count)))
-        done += len(task)
-        if progress is not None:
-            progress(done, total)
-    return parts
-
-
-def _shifted(progress: Progress, before: int, total: int, done: int, _: int) -> None:
-    progress(before + done, total)
+    return [DETECTORS[name] for name in names or CORE]
 
 
 def score(model: Model, detector: Detector, parts: Sequence[Part], seed: int = 0) -> HeadScores:
     """A detector's scores from what its kind measured."""
     found = detector.score(parts)
     table = _table(model, detector, found, seed)
-    caption = " ".join(f"{part.task.caption}" for part in parts)
+    caption = " ".join(part.task.caption for part in parts if part.task is not None)
     row = {
         "detector": detector.name, "title": detector.title, "measures": detector.measures, "unit": detector.unit,
         "threshold": np.nan if detector.threshold is None else detector.threshold, "paper": detector.paper,
@@ -164,13 +97,13 @@ def detect(
     settings: Settings | None = None,
     progress: Progress | None = None,
 ) -> HeadScores:
-    """Score every head by the named detectors (all by default); see `DETECTORS`."""
+    """Score every head by the named detectors (the core ones by default); see `DETECTORS`."""
     settings, chosen = settings or Settings(), choose(names)
     results = []
-    for kind in KINDS:
-        of_kind = [detector for detector in chosen if detector.kind == kind]
+    for kind in KINDS.values():
+        of_kind = [detector for detector in chosen if detector.kind == kind.name]
         if of_kind:
-            parts = run_kind(model, kind, of_kind, build_tasks(model, kind, settings), progress)
+            parts = kind.parts(model, of_kind, kind.tasks(model, settings), settings, progress)
             results += [score(model, detector, parts, settings.seed) for detector in of_kind]
     return HeadScores.join(results)
 
@@ -179,14 +112,17 @@ def _table(model: Model, detector: Detector, found: PromptScores, seed: int) -> 
     heads = model.spec.heads()
     layer, head = np.array([h.layer for h in heads]), np.array([h.head for h in heads])
     values, null = found.values[:, layer, head], found.null[:, layer, head]
-    if found.unpaired:
+    missing = np.full(len(heads), np.nan)
+    if found.exact:
+        interval, p = Interval(values[0], missing, missing), drawn_p(values[0], null, detector.better)
+        null_mean = null.mean(axis=0) if len(null) else missing
+    elif found.unpaired:
         interval, p = bootstrap_difference(values, null, seed), unpaired_p(values, null, seed)
         null_mean = np.zeros(len(heads))
     elif len(values):
         interval, p = bootstrap_mean(values, seed), paired_p(values, null, detector.better, seed)
         null_mean = null.mean(axis=0)
     else:
-        missing = np.full(len(heads), np.nan)
         interval, p, null_mean = bootstrap_mean(missing[None], seed), missing, missing
     return pd.DataFrame(
         {
@@ -211,7 +147,7 @@ def _curves(detector: Detector, parts: Sequence[Part]) -> pd.DataFrame:
     """Mean over prompts of the detector's own statistic at each position (positions of all parts together)."""
     frames = []
     for task, found in parts:
-        if detector.curve is None or not isinstance(found, Trace):
+        if detector.curve is None or task is None or not isinstance(found, Trace):
             continue
         values = found[detector.curve]
         statistic = detector.curve if len(parts) == 1 else f"{detector.curve}, {task.settings.get('domain', task.name)}"
@@ -236,6 +172,7 @@ def _domains(parts: Sequence[Part], seed: int) -> pd.DataFrame:
     """First-token share of every head on each domain, with intervals."""
     frames = []
     for part in parts:
+        assert part.task is not None
         values = rows_mean(traced(part), "first_1", later_rows(part.task))
         layers, heads = values.shape[1:]
         interval = bootstrap_mean(values.reshape(len(values), -1), seed)

@@ -103,6 +103,20 @@ def unpaired_p(
     return np.asarray(result.pvalue)
 
 
+def drawn_p(
+    value: Float[np.ndarray, " head"], null: Float[np.ndarray, "draw head"], better: Better
+) -> Float[np.ndarray, " head"]:
+    """Share of random draws that say at least as much as the value itself, which counts as one; NaN without draws."""
+    if not len(null):
+        return np.full_like(value, np.nan)
+    signed, drawn = {
+        "higher": (value, null),
+        "lower": (-value, -null),
+        "either": (np.abs(value - null.mean(axis=0)), np.abs(null - null.mean(axis=0))),
+    }[better]
+    return np.asarray((1 + (drawn >= signed).sum(axis=0)) / (1 + len(null)))
+
+
 def q_values(p: Float[np.ndarray, " hypothesis"]) -> Float[np.ndarray, " hypothesis"]:
     """Benjamini-Hochberg q-values over the p-values that exist; NaN elsewhere."""
     q = np.full_like(p, np.nan)

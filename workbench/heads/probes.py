@@ -146,9 +146,3 @@ _BUILDERS: dict[str, Callable[[Model, ProbeSettings], Probe]] = {
     "answer": _answer,
     "held_out": _held_out,
 }
-# Which probe a detector's claim is about: what should suffer if its heads do what their name says.
-PROBE_OF: dict[str, str] = {
-    "sink": "held_out", "first_token": "held_out", "entropy": "held_out", "active_dormant": "held_out",
-    "previous_token": "induction", "duplicate_token": "induction", "induction": "induction", "echo": "induction",
-    "retrieval": "needle", "copy_mass": "needle", "retrieval_greedy": "needle",
-}  # fmt: skip

@@ -19,7 +19,8 @@ import pandas as pd
 
 from workbench.errors import RequestError
 from workbench.heads import (
-    PROBE_OF,
+    DETECTORS,
+    KINDS,
     Ablator,
     Claim,
     HeadScores,
@@ -30,7 +31,7 @@ from workbench.heads import (
     build_probe,
     verify_claim,
 )
-from workbench.heads.detection import KINDS, build_tasks, choose, run_kind, score
+from workbench.heads.detection import choose, score
 from workbench.heads.detector import Array, Detector, Kind
 from workbench.heads.inference import q_values
 from workbench.models import Batch, Head
@@ -70,7 +71,7 @@ class Silent:
 class SurveySettings:
     """What a survey does; `verify` names the detectors whose top `k` heads are ablated (none: no causal check).
 
-    What suffers is measured by the probe that the detector's claim is about (`PROBE_OF`), or by `probe` for all.
+    What suffers is measured by the probe that the detector's claim is about (`Detector.probe`), or by `probe` for all.
     """
 
     detectors: tuple[str, ...] | None = None
@@ -86,6 +87,16 @@ class SurveySettings:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"seed": self.detection.seed}
 
+    def probe_of(self, name: str) -> str:
+        """The probe that tests a detector's claim."""
+        found = self.probe or DETECTORS[name].probe
+        if found is None:
+            able = ", ".join(other for other, detector in DETECTORS.items() if detector.probe)
+            raise RequestError(
+                f"Detector {name!r} only describes heads, so that nothing tests it; name a probe, or one of {able}."
+            )
+        return found
+
     def check(self, heads: int) -> list[Detector]:
         """The detectors, once everything fits a model with so many heads; nothing has to run for that."""
         chosen = choose(self.detectors)
@@ -94,6 +105,7 @@ class SurveySettings:
             if name not in names:
                 known = ", ".join(sorted(names))
                 raise RequestError(f"verify names {name!r}, which is not among the detectors {known}.")
+            self.probe_of(name)
         if self.how not in HOWS:
             raise RequestError(f"how={self.how!r} is no ablation; choose one of {', '.join(HOWS)}.")
         if self.k < 1 or self.top < 1:
@@ -127,8 +139,8 @@ def survey(
     ) as writer:
         work = _Survey(model, settings, chosen, writer, reporter or Silent())
         work.describe()
-        for kind_name in KINDS:
-            work.detect(kind_name)
+        for of_kind in KINDS.values():
+            work.detect(of_kind)
         for name in settings.verify:
             work.verify(name)
         work.examples()
@@ -181,19 +193,19 @@ class _Survey:
         manifest.setdefault("verified", [])
 
     def detect(self, kind: Kind) -> None:
-        detectors = [detector for detector in self.detectors if detector.kind == kind]
+        detectors = [detector for detector in self.detectors if detector.kind == kind.name]
         if not detectors:
             return
-        name = f"detect:{kind}"
+        name = f"detect:{kind.name}"
         titles = ", ".join(detector.title.lower() for detector in detectors)
         if not self._begin(name, titles):
             return
         began = time.monotonic()
-        tasks = build_tasks(self.model, kind, self.settings.detection)
+        tasks = kind.tasks(self.model, self.settings.detection)
         self._record_prompts(tasks)
-        parts = run_kind(self.model, kind, detectors, tasks, self.reporter.advance)
+        parts = kind.parts(self.model, detectors, tasks, self.settings.detection, self.reporter.advance)
         scores = [score(self.model, detector, parts, self.settings.detection.seed) for detector in detectors]
-        self._write_scores(kind, HeadScores.join(scores), detectors)
+        self._write_scores(kind.name, HeadScores.join(scores), detectors)
         self.writer.done(name, seconds=time.monotonic() - began)
 
     def _write_scores(self, kind: str, found: HeadScores, detectors: list[Detector]) -> None:
@@ -217,7 +229,7 @@ class _Survey:
         if not self._begin(step, f"{len(heads)} heads against {self.settings.draws} matched random sets"):
             return
         began = time.monotonic()
-        probe, baseline = self._probe(self.settings.probe or PROBE_OF[name])
+        probe, baseline = self._probe(self.settings.probe_of(name))
         found = verify_claim(
             self.model, Claim(name, tuple(heads), probe), self._ablate(), draws=self.settings.draws,
             seed=self.settings.probes.seed, baseline=baseline, progress=self.reporter.advance,
@@ -267,8 +279,8 @@ class _Survey:
     def _ablate(self) -> Ablator:
         """Mean outputs come from the detectors' own prompts (prose and code), which no metric is measured on."""
         if self._ablator is None:
-            kind: Kind = "text" if self.model.tokenizer is not None else "repeated"
-            tasks = build_tasks(self.model, kind, self.settings.detection)
+            kind = KINDS["text" if self.model.tokenizer is not None else "repeated"]
+            tasks = kind.tasks(self.model, self.settings.detection)
             ids = [row for task in tasks for row in task.batch.ids[: REFERENCE_PROMPTS // len(tasks)].tolist()]
             batch = Batch.from_ids(ids)
             self._ablator = Ablator.prepare(self.model, self.settings.how, batch)

@@ -19,3 +19,8 @@ DETECTORS: dict[str, Detector] = {
         needle.RETRIEVAL_GREEDY,
     )
 }
+# What `workbench heads`, `verify` and the demo run unless told otherwise; the atlas runs all.
+CORE = (
+    *("sink", "first_token", "entropy", "active_dormant", "previous_token", "duplicate_token", "induction"),
+    *("echo", "retrieval", "copy_mass", "retrieval_greedy"),
+)

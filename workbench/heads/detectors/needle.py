@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workbench.heads.detector import Array, Detector, Part, PromptScores, stacked, traced
+from workbench.heads.detector import Array, Detector, Part, PromptScores, prompts, stacked, traced
 from workbench.tasks import Task, accepted
 from workbench.tracing import Statistic
 from workbench.tracing import statistics as S
@@ -50,7 +50,7 @@ def _statistics(task: Task) -> list[Statistic]:
 
 def _hits(part: Part, keys: Tensor) -> Array:
     """Distinct needle tokens that were the heaviest key when they were due, over the tokens that could be copied."""
-    ids, span = part.task.batch.ids, part.task.columns("answer_in_needle")
+    ids, span = prompts(part).batch.ids, prompts(part).columns("answer_in_needle")
     heaviest = traced(part)["argmax"]
     due = torch.where(keys >= 0, torch.gather(ids, 1, keys.clamp(min=0)), -1)
     found = torch.gather(ids[:, None, None].expand(*heaviest.shape[:3], -1), 3, heaviest.clamp(min=0))
@@ -65,8 +65,8 @@ def _hits(part: Part, keys: Tensor) -> Array:
 
 def _retrieval(parts: Sequence[Part]) -> PromptScores:
     return PromptScores(
-        stacked(parts, lambda part: _hits(part, answer_key_per_row(part.task))),
-        stacked(parts, lambda part: _hits(part, permuted_key_per_row(part.task))),
+        stacked(parts, lambda part: _hits(part, answer_key_per_row(prompts(part)))),
+        stacked(parts, lambda part: _hits(part, permuted_key_per_row(prompts(part)))),
     )
 
 
@@ -75,8 +75,8 @@ def _copy_mass(parts: Sequence[Part]) -> PromptScores:
         return np.asarray(traced(part).mean(name, keys >= 0).double().numpy())
 
     return PromptScores(
-        stacked(parts, lambda part: mean(part, "needle_key", answer_key_per_row(part.task))),
-        stacked(parts, lambda part: np.nan_to_num(mean(part, "permuted_key", permuted_key_per_row(part.task)))),
+        stacked(parts, lambda part: mean(part, "needle_key", answer_key_per_row(prompts(part)))),
+        stacked(parts, lambda part: np.nan_to_num(mean(part, "permuted_key", permuted_key_per_row(prompts(part))))),
     )
 
 
@@ -84,11 +84,12 @@ def _greedy(parts: Sequence[Part]) -> PromptScores:
     """Trials that the model got right; a null from the needle's tokens in shuffled order."""
     values, nulls = [], []
     for task, found in parts:
-        assert isinstance(found, Generation) and found.texts is not None and task.decoding is not None
+        assert task is not None and isinstance(found, Generation) and found.texts is not None
+        assert task.decoding is not None
         generator = torch.Generator().manual_seed(task.seed + 4)
-        prompts = [ids[mask] for ids, mask in zip(task.decoding.ids, task.decoding.mask, strict=True)]
+        asked = [ids[mask] for ids, mask in zip(task.decoding.ids, task.decoding.mask, strict=True)]
         for index in accepted(found.texts, task.answers).nonzero().flatten().tolist():
-            prompt = prompts[index]
+            prompt = asked[index]
             assert task.answer_keys is not None
             span = task.answer_keys[index][task.answer_keys[index] >= 0]
             written = found.ids[index][found.ids[index] >= 0]
@@ -112,6 +113,7 @@ def _greedy_hits(heaviest: Tensor, prompt: Tensor, written: Tensor, span: Tensor
 RETRIEVAL = Detector(
     name="retrieval",
     title="Retrieval (copy-paste)",
+    probe="needle",
     kind="needle",
     measures="share of the answer's tokens that were the head's heaviest key when they were due (gold answer given)",
     null="the same with the needle's tokens in another order",
@@ -129,6 +131,7 @@ RETRIEVAL = Detector(
 COPY_MASS = Detector(
     name="copy_mass",
     title="Copy mass",
+    probe="needle",
     kind="needle",
     measures="mean attention to the needle token that is due (gold answer given)",
     null="mean attention to another of the needle's answer tokens",
@@ -146,6 +149,7 @@ COPY_MASS = Detector(
 RETRIEVAL_GREEDY = Detector(
     name="retrieval_greedy",
     title="Retrieval (greedy)",
+    probe="needle",
     kind="needle_greedy",
     measures="share of the needle's answer tokens that were the head's heaviest key when the model wrote them itself",
     null="the same with the written tokens in shuffled order",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from workbench.heads.detector import Detector, Part, PromptScores, rows_mean, stacked, traced
+from workbench.heads.detector import Detector, Part, PromptScores, prompts, rows_mean, stacked, traced
 from workbench.heads.detectors.text import later_rows, random_visible_keys
 from workbench.tasks import Task
 from workbench.tracing import Statistic
@@ -37,16 +37,16 @@ def _statistics(task: Task) -> list[Statistic]:
 
 def _previous(parts: Sequence[Part]) -> PromptScores:
     return PromptScores(
-        stacked(parts, lambda part: rows_mean(traced(part), "offset_-1", later_rows(part.task))),
-        stacked(parts, lambda part: rows_mean(traced(part), "random_key", later_rows(part.task))),
+        stacked(parts, lambda part: rows_mean(traced(part), "offset_-1", later_rows(prompts(part)))),
+        stacked(parts, lambda part: rows_mean(traced(part), "random_key", later_rows(prompts(part)))),
     )
 
 
 def _on_second_copy(name: str) -> Callable[[Sequence[Part]], PromptScores]:
     def score(parts: Sequence[Part]) -> PromptScores:
         return PromptScores(
-            stacked(parts, lambda part: rows_mean(traced(part), name, second_copy(part.task))),
-            stacked(parts, lambda part: rows_mean(traced(part), "null_key", second_copy(part.task))),
+            stacked(parts, lambda part: rows_mean(traced(part), name, second_copy(prompts(part)))),
+            stacked(parts, lambda part: rows_mean(traced(part), "null_key", second_copy(prompts(part)))),
         )
 
     return score
@@ -54,14 +54,15 @@ def _on_second_copy(name: str) -> Callable[[Sequence[Part]], PromptScores]:
 
 def _echo(parts: Sequence[Part]) -> PromptScores:
     return PromptScores(
-        stacked(parts, lambda part: rows_mean(traced(part), "echo_keys", part.task.columns("repeats"))),
-        stacked(parts, lambda part: rows_mean(traced(part), "null_keys", part.task.columns("repeats"))),
+        stacked(parts, lambda part: rows_mean(traced(part), "echo_keys", prompts(part).columns("repeats"))),
+        stacked(parts, lambda part: rows_mean(traced(part), "null_keys", prompts(part).columns("repeats"))),
     )
 
 
 PREVIOUS_TOKEN = Detector(
     name="previous_token",
     title="Previous token",
+    probe="induction",
     kind="repeated",
     measures="mean attention to the token just before",
     null="mean attention to another visible key, drawn at random per query",
@@ -78,6 +79,7 @@ PREVIOUS_TOKEN = Detector(
 DUPLICATE_TOKEN = Detector(
     name="duplicate_token",
     title="Duplicate token",
+    probe="induction",
     kind="repeated",
     measures="mean attention to the same token in the first copy",
     null="mean attention to a key displaced from it by at most a quarter of the period",
@@ -94,6 +96,7 @@ DUPLICATE_TOKEN = Detector(
 INDUCTION = Detector(
     name="induction",
     title="Induction",
+    probe="induction",
     kind="repeated",
     measures="mean attention to the token after the same token in the first copy (prefix matching)",
     null="mean attention to a key displaced from it by at most a quarter of the period",
@@ -111,6 +114,7 @@ INDUCTION = Detector(
 ECHO = Detector(
     name="echo",
     title="Echo",
+    probe="induction",
     kind="repeated",
     measures="attention to all earlier occurrences of the same token together",
     null="attention to as many displaced keys",

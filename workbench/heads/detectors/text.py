@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from workbench.heads.detector import Array, Detector, Part, PromptScores, rows_mean, stacked, traced
+from workbench.heads.detector import Array, Detector, Part, PromptScores, prompts, rows_mean, stacked, traced
 from workbench.tasks import Task
 from workbench.tracing import Statistic
 from workbench.tracing import statistics as S
@@ -47,46 +47,47 @@ def _sink(parts: Sequence[Part]) -> PromptScores:
     """Whether alpha_1 > 0.3, per prompt; the null asks the same of another key in the prompt's first half."""
 
     def other(part: Part) -> Tensor:
-        generator = torch.Generator().manual_seed(part.task.seed + 2)
-        half = (part.task.batch.lengths // 2).clamp(min=2)
+        generator = torch.Generator().manual_seed(prompts(part).seed + 2)
+        half = (prompts(part).batch.lengths // 2).clamp(min=2)
         draw = torch.rand(len(half), generator=generator)
-        return part.task.batch.starts + 1 + (draw * (half - 1)).long()
+        return prompts(part).batch.starts + 1 + (draw * (half - 1)).long()
 
     return PromptScores(
-        stacked(parts, lambda part: (_column(part, part.task.batch.starts) > SINK_EPSILON).astype(float)),
+        stacked(parts, lambda part: (_column(part, prompts(part).batch.starts) > SINK_EPSILON).astype(float)),
         stacked(parts, lambda part: (_column(part, other(part)) > SINK_EPSILON).astype(float)),
-        ties=stacked(parts, lambda part: _column(part, part.task.batch.starts)).mean(axis=0),
+        ties=stacked(parts, lambda part: _column(part, prompts(part).batch.starts)).mean(axis=0),
     )
 
 
 def _first_token(parts: Sequence[Part]) -> PromptScores:
     return PromptScores(
-        stacked(parts, lambda part: rows_mean(traced(part), "first_1", later_rows(part.task))),
-        stacked(parts, lambda part: rows_mean(traced(part), "random_key", later_rows(part.task))),
+        stacked(parts, lambda part: rows_mean(traced(part), "first_1", later_rows(prompts(part)))),
+        stacked(parts, lambda part: rows_mean(traced(part), "random_key", later_rows(prompts(part)))),
     )
 
 
 def _entropy(parts: Sequence[Part]) -> PromptScores:
     def uniform(part: Part) -> Array:
         """Entropy of attention spread evenly over what each query sees."""
-        seen = torch.arange(part.task.batch.ids.shape[1]) - part.task.batch.starts[:, None] + 1
-        rows = part.task.batch.mask & later_rows(part.task)
+        seen = torch.arange(prompts(part).batch.ids.shape[1]) - prompts(part).batch.starts[:, None] + 1
+        rows = prompts(part).batch.mask & later_rows(prompts(part))
         mean = torch.where(rows, seen.clamp(min=1).log(), 0.0).sum(1) / rows.sum(1)
         shape = traced(part)["entropy"].shape[1:3]
         return np.asarray(mean.double()[:, None, None].expand(-1, *shape).numpy())
 
     return PromptScores(
-        stacked(parts, lambda part: rows_mean(traced(part), "entropy", later_rows(part.task))), stacked(parts, uniform)
+        stacked(parts, lambda part: rows_mean(traced(part), "entropy", later_rows(prompts(part)))),
+        stacked(parts, uniform),
     )
 
 
 def _contrast(parts: Sequence[Part]) -> PromptScores:
     """First-token share on prose less that on code: a head dormant on prose and active on code is positive."""
-    by_domain = {part.task.settings["domain"]: part for part in parts}
+    by_domain = {prompts(part).settings["domain"]: part for part in parts}
     prose, code = by_domain["prose"], by_domain["code"]
     return PromptScores(
-        rows_mean(traced(prose), "first_1", later_rows(prose.task)),
-        rows_mean(traced(code), "first_1", later_rows(code.task)),
+        rows_mean(traced(prose), "first_1", later_rows(prompts(prose))),
+        rows_mean(traced(code), "first_1", later_rows(prompts(code))),
         unpaired=True,
     )
 
@@ -94,6 +95,7 @@ def _contrast(parts: Sequence[Part]) -> PromptScores:
 SINK = Detector(
     name="sink",
     title="Attention sink",
+    probe="held_out",
     kind="text",
     measures="share of prompts in which position 0 draws more than 0.3 of the attention of all queries (Sink_1^0.3)",
     null="the same test for another key in the first half of the prompt",
@@ -112,6 +114,7 @@ SINK = Detector(
 FIRST_TOKEN = Detector(
     name="first_token",
     title="First-token share",
+    probe="held_out",
     kind="text",
     measures="mean attention to position 0",
     null="mean attention to one other visible key, drawn at random per query",
@@ -128,6 +131,7 @@ FIRST_TOKEN = Detector(
 ENTROPY = Detector(
     name="entropy",
     title="Entropy",
+    probe="held_out",
     kind="text",
     measures="mean entropy of a row of attention",
     null="entropy of uniform attention over the visible keys",
@@ -145,6 +149,7 @@ ENTROPY = Detector(
 ACTIVE_DORMANT = Detector(
     name="active_dormant",
     title="Active-dormant contrast",
+    probe="held_out",
     kind="text",
     measures="first-token share on prose less first-token share on code",
     null="no difference between the domains (prompt labels shuffled)",

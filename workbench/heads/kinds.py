@@ -1,0 +1,77 @@
+"""Kinds of prompts: each is built once and run once for all detectors that share it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from workbench.errors import RequestError
+from workbench.heads.detector import Detector, Kind, Progress
+from workbench.heads.repeats import random_repeats
+from workbench.heads.settings import Settings
+from workbench.tasks import Task, needle_grid, text_domains
+from workbench.tracing import Model, Statistic
+
+
+def tokenizer_of(model: Model, kind: str) -> Any:
+    """The model's tokenizer, which prompts of text need."""
+    if model.tokenizer is None:
+        raise RequestError(f"Detectors on {kind} prompts need a tokenizer; load the model with one.")
+    return model.tokenizer
+
+
+def wanted_statistics(task: Task, detectors: Sequence[Detector]) -> list[Statistic]:
+    """What the detectors need of one pass, each once."""
+    return list({one.name: one for detector in detectors for one in detector.statistics(task)}.values())
+
+
+def run_traced(
+    model: Model, task: Task | None, detectors: Sequence[Detector], settings: Settings, progress: Progress | None
+) -> Any:
+    """One trace of the task."""
+    assert task is not None
+    sites = tuple(dict.fromkeys(site for detector in detectors for site in detector.sites))
+    return model.trace(task.batch, statistics=wanted_statistics(task, detectors), sites=sites, progress=progress)
+
+
+def _run_greedy(
+    model: Model, task: Task | None, detectors: Sequence[Detector], settings: Settings, progress: Progress | None
+) -> Any:
+    assert task is not None and task.decoding is not None
+    longest = int(task.n_answers.max()) + 8
+    return model.generate(task.decoding, longest, statistics=wanted_statistics(task, detectors))
+
+
+def _texts(model: Model, settings: Settings) -> list[Task]:
+    tokenizer = tokenizer_of(model, "text")
+    found = text_domains(
+        tokenizer, prompts=settings.text_prompts, length=settings.text_length, seed=settings.seed
+    )  # fmt: skip
+    return list(found.values())
+
+
+def _repeats(model: Model, settings: Settings) -> list[Task]:
+    size = (settings.repeat_prompts, settings.repeat_length, settings.repeat_copies)
+    return [random_repeats(model, *size, settings.seed, settings.bos_id)]
+
+
+def _needles(model: Model, settings: Settings) -> list[Task]:
+    tokenizer = tokenizer_of(model, "needle")
+    return [needle_grid(tokenizer, settings.needle_lengths, settings.needle_depths, settings.seed)]
+
+
+def _greedy_needles(model: Model, settings: Settings) -> list[Task]:
+    tokenizer = tokenizer_of(model, "needle_greedy")
+    return [needle_grid(tokenizer, settings.greedy_lengths, settings.needle_depths, settings.seed)]
+
+
+# In the order in which they run.
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind("text", "short texts of two domains", _texts, run_traced, traced=True),
+        Kind("repeated", "repeated random tokens", _repeats, run_traced, traced=True),
+        Kind("needle", "a needle in a haystack, the answer given", _needles, run_traced, traced=True),
+        Kind("needle_greedy", "a needle in a haystack, the answer decoded", _greedy_needles, _run_greedy),
+    )
+}

@@ -1,0 +1,28 @@
+"""Sizes of the prompts that detectors run on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the detectors' tasks; the defaults are the published ones where a laptop can run them.
+
+    `bos_id` is the start token of a model that comes without a tokenizer.
+    """
+
+    seed: int = 0
+    bos_id: int | None = None
+    text_prompts: int = 50
+    text_length: int = 64
+    repeat_prompts: int = 10
+    repeat_length: int = 50
+    repeat_copies: int = 3
+    needle_lengths: tuple[int, ...] = (160, 256)
+    needle_depths: int = 3
+    greedy_lengths: tuple[int, ...] = (160,)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
