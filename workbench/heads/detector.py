@@ -51,6 +51,7 @@ class Kind:
         tasks: the prompts for a model (none where weights alone are read).
         run: one task (or None) with everything that the detectors ask for.
         traced: whether `run` is one trace of each task, whose memory can be predicted.
+        costly: takes minutes where others take seconds; an atlas runs it only when asked for.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Kind:
     tasks: Callable[[Model, Settings], list[Task]]
     run: Callable[[Model, Task | None, Sequence[Detector], Settings, Progress | None], Any]
     traced: bool = False
+    costly: bool = False
 
     def parts(
         self,
@@ -104,6 +106,8 @@ class Detector:
         curve: the statistic whose course over positions shows the head at work.
         probe: what should suffer without the heads it names (`workbench.heads.probes`); None if it claims nothing.
         note: known conflicts between paper and code, and which side we took.
+        costly: takes minutes where others take seconds (trains, or patches head by head); so does all of a `Kind`
+            that is.
     """
 
     name: str
@@ -123,6 +127,7 @@ class Detector:
     curve: str | None = None
     probe: str | None = None
     note: str = ""
+    costly: bool = False
 
 
 def rows_mean(trace: Trace, name: str, rows: Tensor | None = None) -> Array:
