@@ -2,6 +2,9 @@
 
 from .domains import DOMAINS as DOMAINS
 from .domains import text_domains as text_domains
+from .long_texts import TOKEN_CLASSES as TOKEN_CLASSES
+from .long_texts import long_texts as long_texts
+from .long_texts import token_classes as token_classes
 from .metrics import ANSWER_LOG_PROBABILITY as ANSWER_LOG_PROBABILITY
 from .metrics import ANSWER_MATCH as ANSWER_MATCH
 from .metrics import COPY_ACCURACY as COPY_ACCURACY
@@ -18,6 +21,8 @@ from .metrics import read_answers as read_answers
 from .needle import needle_grid as needle_grid
 from .needles import NEEDLES as NEEDLES
 from .needles import Needle as Needle
+from .plain import one_token as one_token
+from .plain import random_tokens as random_tokens
 from .repeats import repeated_tokens as repeated_tokens
 from .task import NONE as NONE
 from .task import Task as Task

@@ -30,6 +30,8 @@ class Task:
         name -> half-open ``[prompt, 2]`` ranges of columns.
     `keys`
         name -> for each query column its key columns ``[prompt, query, m]``, -1 for none.
+    `marks`
+        name -> which columns belong to a class of tokens, ``[prompt, token]``.
     `answer_ids`, `answer_positions`
         the tokens whose prediction counts and the rows producing them, ``[prompt, answer]``, -1 for none.
     `answer_keys`
@@ -51,6 +53,7 @@ class Task:
     answer_positions: Int[Tensor, "prompt answer"]
     spans: Mapping[str, Int[Tensor, "prompt 2"]] = field(default_factory=dict)
     keys: Mapping[str, Int[Tensor, "prompt query key"]] = field(default_factory=dict)
+    marks: Mapping[str, Bool[Tensor, "prompt token"]] = field(default_factory=dict)
     answer_keys: Int[Tensor, "prompt answer"] | None = None
     decoding: Batch | None = None
     answers: tuple[str, ...] = ()
@@ -102,6 +105,7 @@ class Task:
             "answer_positions": self.answer_positions,
             **{f"span {name}": value for name, value in self.spans.items()},
             **{f"keys {name}": value for name, value in self.keys.items()},
+            **{f"marks {name}": value for name, value in self.marks.items()},
         }
         if self.answer_keys is not None:
             tensors["answer_keys"] = self.answer_keys
