@@ -7,9 +7,10 @@ from typing import Any
 
 from workbench.errors import RequestError
 from workbench.heads.detector import Detector, Kind, Progress
+from workbench.heads.plain import one_token_prompts, random_prompts
 from workbench.heads.repeats import random_repeats
 from workbench.heads.settings import Settings
-from workbench.tasks import Task, needle_grid, text_domains
+from workbench.tasks import Task, long_texts, needle_grid, text_domains
 from workbench.tracing import Model, Statistic
 
 
@@ -65,11 +66,19 @@ def _greedy_needles(model: Model, settings: Settings) -> list[Task]:
     return [needle_grid(tokenizer, settings.greedy_lengths, settings.needle_depths, settings.seed)]
 
 
+def _long_texts(model: Model, settings: Settings) -> list[Task]:
+    tokenizer = tokenizer_of(model, "long_text")
+    return [long_texts(tokenizer, settings.long_prompts, settings.long_length, settings.seed)]
+
+
 # In the order in which they run.
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
         Kind("text", "short texts of two domains", _texts, run_traced, traced=True),
+        Kind("long_text", "long texts, prose and code", _long_texts, run_traced, traced=True),
+        Kind("random_tokens", "random tokens", random_prompts, run_traced, traced=True),
+        Kind("one_token", "one token repeated", one_token_prompts, run_traced, traced=True),
         Kind("repeated", "repeated random tokens", _repeats, run_traced, traced=True),
         Kind("needle", "a needle in a haystack, the answer given", _needles, run_traced, traced=True),
         Kind("needle_greedy", "a needle in a haystack, the answer decoded", _greedy_needles, _run_greedy),

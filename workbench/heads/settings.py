@@ -17,12 +17,15 @@ class Settings:
     bos_id: int | None = None
     text_prompts: int = 50
     text_length: int = 64
+    plain_prompts: int = 16
     repeat_prompts: int = 10
     repeat_length: int = 50
     repeat_copies: int = 3
     needle_lengths: tuple[int, ...] = (160, 256)
     needle_depths: int = 3
     greedy_lengths: tuple[int, ...] = (160,)
+    long_prompts: int = 4
+    long_length: int = 512
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

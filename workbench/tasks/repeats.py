@@ -46,7 +46,7 @@ def repeated_tokens(
     """
     low, high = periods or (length, length)
     _check(prompts, length, copies, low, high)
-    prefix, allowed = _vocabulary(tokenizer, bos, bos_id)
+    prefix, allowed = ordinary_ids(tokenizer, bos, bos_id)
     generator = torch.Generator().manual_seed(seed)
     period = torch.randint(low, high + 1, (prompts,), generator=generator)
     rows = _rows(allowed, period, length * copies, generator)
@@ -98,9 +98,10 @@ def _check(prompts: int, length: int, copies: int, low: int, high: int) -> None:
         )
 
 
-def _vocabulary(
+def ordinary_ids(
     tokenizer: PreTrainedTokenizerBase | int, bos: bool, bos_id: int | None
 ) -> tuple[Prefix, Int[Tensor, " allowed"]]:
+    """What stands before random tokens, and the ids that stand for ordinary text."""
     if isinstance(tokenizer, int):
         if bos and (bos_id is None or not 0 <= bos_id < tokenizer):
             raise RequestError(

@@ -1,7 +1,7 @@
 """Every detector by name; one module a kind of prompt."""
 
 from workbench.heads.detector import Detector
-from workbench.heads.detectors import needle, repeated, text
+from workbench.heads.detectors import inactive, needle, repeated, sinks, text
 
 DETECTORS: dict[str, Detector] = {
     detector.name: detector
@@ -10,6 +10,8 @@ DETECTORS: dict[str, Detector] = {
         text.FIRST_TOKEN,
         text.ENTROPY,
         text.ACTIVE_DORMANT,
+        *sinks.SINKS,
+        *inactive.INACTIVE,
         repeated.PREVIOUS_TOKEN,
         repeated.DUPLICATE_TOKEN,
         repeated.INDUCTION,

@@ -32,30 +32,39 @@ def later_rows(task: Task) -> Bool[Tensor, "prompt query"]:
     return torch.arange(task.batch.ids.shape[1]) > task.batch.starts[:, None]
 
 
-def _sink_statistics(task: Task) -> list[Statistic]:
+def sink_statistics(task: Task) -> list[Statistic]:
+    """What a sink is read from."""
     return [S.first(1), S.column_mean(), S.at_keys("random_key", random_visible_keys(task))]
 
 
-def _column(part: Part, columns: Tensor) -> Array:
-    """Column mean of one key per prompt, `[prompt, layer, head]`."""
-    means = traced(part)["column_mean"]
-    index = columns[:, None, None, None].expand(*means.shape[:3], 1)
-    return np.asarray(torch.gather(means, 3, index)[..., 0].double().numpy())
+def at_column(part: Part, name: str, columns: Int[Tensor, " prompt"]) -> Array:
+    """A column statistic at one key per prompt, `[prompt, layer, head]`."""
+    values = traced(part)[name]
+    index = columns[:, None, None, None].expand(*values.shape[:3], 1)
+    return np.asarray(torch.gather(values, 3, index)[..., 0].double().numpy())
 
 
-def _sink(parts: Sequence[Part]) -> PromptScores:
+def another_key(task: Task) -> Int[Tensor, " prompt"]:
+    """One key of each prompt's first half, drawn at random, position 0 left out."""
+    generator = torch.Generator().manual_seed(task.seed + 2)
+    half = (task.batch.lengths // 2).clamp(min=2)
+    draw = torch.rand(len(half), generator=generator)
+    return task.batch.starts + 1 + (draw * (half - 1)).long()
+
+
+def sink_indicator(parts: Sequence[Part]) -> PromptScores:
     """Whether alpha_1 > 0.3, per prompt; the null asks the same of another key in the prompt's first half."""
 
-    def other(part: Part) -> Tensor:
-        generator = torch.Generator().manual_seed(prompts(part).seed + 2)
-        half = (prompts(part).batch.lengths // 2).clamp(min=2)
-        draw = torch.rand(len(half), generator=generator)
-        return prompts(part).batch.starts + 1 + (draw * (half - 1)).long()
+    def alpha(part: Part) -> Array:
+        return at_column(part, "column_mean", prompts(part).batch.starts)
+
+    def other(part: Part) -> Array:
+        return at_column(part, "column_mean", another_key(prompts(part)))
 
     return PromptScores(
-        stacked(parts, lambda part: (_column(part, prompts(part).batch.starts) > SINK_EPSILON).astype(float)),
-        stacked(parts, lambda part: (_column(part, other(part)) > SINK_EPSILON).astype(float)),
-        ties=stacked(parts, lambda part: _column(part, prompts(part).batch.starts)).mean(axis=0),
+        stacked(parts, lambda part: (alpha(part) > SINK_EPSILON).astype(float)),
+        stacked(parts, lambda part: (other(part) > SINK_EPSILON).astype(float)),
+        ties=stacked(parts, alpha).mean(axis=0),
     )
 
 
@@ -104,8 +113,8 @@ SINK = Detector(
     threshold=0.5,
     paper="Gu et al. 2025, When attention sink emerges in language models",
     url="https://arxiv.org/abs/2410.10781",
-    statistics=_sink_statistics,
-    score=_sink,
+    statistics=sink_statistics,
+    score=sink_indicator,
     curve="first_1",
     note="The indicator is taken per prompt and then averaged, as in the released code; equal scores are ranked by the "
     "mean of alpha_1. A head is named when it is a "
@@ -123,7 +132,7 @@ FIRST_TOKEN = Detector(
     threshold=0.5,
     paper="Qiu et al. 2025, Gated attention for large language models (F-attn)",
     url="https://arxiv.org/abs/2505.06708",
-    statistics=_sink_statistics,
+    statistics=sink_statistics,
     score=_first_token,
     curve="first_1",
     note="The paper averages over all queries; the first, whose share is 1 by necessity, is left out here.",
