@@ -1,7 +1,7 @@
 """Every detector by name; one module a kind of prompt."""
 
 from workbench.heads.detector import Detector
-from workbench.heads.detectors import inactive, needle, repeated, sinks, text
+from workbench.heads.detectors import inactive, lengths, needle, repeated, shape, sinks, text
 
 DETECTORS: dict[str, Detector] = {
     detector.name: detector
@@ -12,6 +12,8 @@ DETECTORS: dict[str, Detector] = {
         text.ACTIVE_DORMANT,
         *sinks.SINKS,
         *inactive.INACTIVE,
+        *shape.SHAPE,
+        *lengths.LENGTHS,
         repeated.PREVIOUS_TOKEN,
         repeated.DUPLICATE_TOKEN,
         repeated.INDUCTION,
