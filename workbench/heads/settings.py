@@ -26,6 +26,12 @@ class Settings:
     greedy_lengths: tuple[int, ...] = (160,)
     long_prompts: int = 4
     long_length: int = 512
+    name_prompts: int = 12
+    evaluator_prompts: int = 10
+    evaluator_length: int = 25
+    evaluator_copies: int = 4
+    weight_draws: int = 99
+    weight_offsets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
