@@ -55,6 +55,11 @@ def patterns(model: workbench.Model, batch: Batch) -> list[list[torch.Tensor]]:
 
 
 @pytest.fixture(scope="session")
+def make_task():
+    return tiny_task
+
+
+@pytest.fixture(scope="session")
 def tiny():
     """A function: name of an architecture -> (model, part of the detectors, float64 patterns)."""
     cache = {}

@@ -1,7 +1,7 @@
 """Every detector by name; one module a kind of prompt."""
 
 from workbench.heads.detector import Detector
-from workbench.heads.detectors import inactive, lengths, needle, repeated, shape, sinks, text
+from workbench.heads.detectors import given, inactive, lengths, needle, patterns, repeated, shape, sinks, text
 
 DETECTORS: dict[str, Detector] = {
     detector.name: detector
@@ -14,6 +14,7 @@ DETECTORS: dict[str, Detector] = {
         *inactive.INACTIVE,
         *shape.SHAPE,
         *lengths.LENGTHS,
+        *patterns.PATTERNS,
         repeated.PREVIOUS_TOKEN,
         repeated.DUPLICATE_TOKEN,
         repeated.INDUCTION,
@@ -21,6 +22,10 @@ DETECTORS: dict[str, Detector] = {
         needle.RETRIEVAL,
         needle.COPY_MASS,
         needle.RETRIEVAL_GREEDY,
+        needle.ACTIVATION_FREQUENCY,
+        needle.SEMANTIC_RETRIEVAL,
+        given.HEADKV_R2,
+        given.JSON_RETRIEVAL,
     )
 }
 # What `workbench heads`, `verify` and the demo run unless told otherwise; the atlas runs all.
