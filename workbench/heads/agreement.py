@@ -31,7 +31,6 @@ from workbench.heads.inference import q_values
 RESAMPLES = 999
 TOPS = (5, 10, 20, 50)
 LEAST_HEADS = 4
-_ORIENT = {"higher": lambda values: values, "lower": np.negative, "either": np.abs}
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,14 @@ def strengths(scores: pd.DataFrame, detectors: pd.DataFrame) -> pd.DataFrame:
         raise RequestError(f"{row['detector']!r} scores L{row['layer']}H{row['head']} twice; give one run's scores.")
     order = list(dict.fromkeys(scores["detector"]))
     wide = scores.pivot(index=["layer", "head"], columns="detector", values="value")[order].astype(float)
-    turned = wide.apply(lambda column: _ORIENT[better.get(str(column.name), "higher")](column))
+    turned = wide.apply(lambda column: _turned(column, better.get(str(column.name), "higher")))
     return turned.loc[:, turned.notna().any()]
+
+
+def _turned(values: pd.Series, better: str) -> pd.Series:
+    if better == "lower":
+        return -values
+    return values.abs() if better == "either" else values
 
 
 def agreement(

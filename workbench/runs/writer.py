@@ -42,7 +42,7 @@ from .manifest import (
 )
 from .run import Run, array_file, partial_path, table_file
 from .state import Part, State
-from .tables import join_parts, to_arrow, write_part
+from .tables import join_parts, read_table, to_arrow, write_part
 
 
 class RunWriter:
@@ -129,6 +129,13 @@ class RunWriter:
         with writing(self.path):
             write_array(dataset, file, name)
             self._end_part(part, file)
+
+    def written(self, name: str) -> pd.DataFrame:
+        """What there is of a table so far, its parts joined: written here, or before an interruption."""
+        parts = [self._state.parts_folder / part.file for part in self._parts("table", check_name(name, "table"))]
+        if not parts:
+            raise RequestError(f"nothing of the table {name} has been written to the run {self.path} yet")
+        return pd.concat([read_table(part) for part in parts], ignore_index=True)
 
     def done(self, step: str, seconds: float | None = None) -> None:
         """Make everything written since the last step count as this one, also after a kill.

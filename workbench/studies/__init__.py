@@ -1,5 +1,7 @@
 """Runs of several steps: what is asked of a model, done step by step into a run that can be resumed."""
 
+from workbench.studies.atlas import atlas as atlas
+from workbench.studies.atlas import atlas_settings as atlas_settings
 from workbench.studies.survey import Reporter as Reporter
 from workbench.studies.survey import SurveySettings as SurveySettings
 from workbench.studies.survey import survey as survey

@@ -5,12 +5,16 @@ Steps, each of which is kept when the next is interrupted:
 1. `detect:<kind>`: one pass over the prompts of a kind, scores of its detectors, curves of the top heads.
 2. `verify:<detector>`: the top k heads ablated together, against matched random heads.
 3. `examples`: explicit patterns of the top heads on two short prompts, for the token view.
+
+A `tolerant` survey notes what the model cannot be asked (text without a tokenizer, sinks that it has not) in its table
+`skipped` and goes on; any other stops there.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -31,12 +35,13 @@ from workbench.heads import (
     build_probe,
     verify_claim,
 )
-from workbench.heads.detection import choose, score
+from workbench.heads.detection import choose
 from workbench.heads.detector import Array, Detector, Kind
 from workbench.heads.inference import q_values
 from workbench.models import Batch, Head
 from workbench.runs import Run, RunWriter, environment
 from workbench.studies.examples import example_tables
+from workbench.studies.measuring import measure
 from workbench.tasks import Task
 from workbench.tracing import Model
 from workbench.tracing.edits import HOWS, How
@@ -68,10 +73,21 @@ class Silent:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One more step of a survey: it reads what the writer holds and writes more."""
+
+    name: str
+    title: str
+    run: Callable[[RunWriter], None]
+
+
+@dataclass(frozen=True)
 class SurveySettings:
     """What a survey does; `verify` names the detectors whose top `k` heads are ablated (none: no causal check).
 
     What suffers is measured by the probe that the detector's claim is about (`Detector.probe`), or by `probe` for all.
+    `examples` is the largest number of heads whose patterns are kept. A `tolerant` survey leaves out detectors that
+    cannot run on the model, with their reasons. `method` is how an atlas draws its map.
     """
 
     detectors: tuple[str, ...] | None = None
@@ -81,6 +97,9 @@ class SurveySettings:
     probe: str | None = None
     draws: int = 10
     top: int = 4
+    examples: int | None = None
+    tolerant: bool = False
+    method: str | None = None
     detection: Settings = field(default_factory=Settings)
     probes: ProbeSettings = field(default_factory=ProbeSettings)
 
@@ -125,10 +144,12 @@ def survey(
     overwrite: bool = False,
     reporter: Reporter | None = None,
     command: str | None = None,
+    then: Sequence[Step] = (),
 ) -> Run:
     """Run detectors and causal checks on a model into a run at `path`; continues one that was interrupted.
 
-    Raises `RunError` if `path` holds a run already (unless `overwrite`) or part of one with other settings.
+    Steps that `then` adds come last, and see what the others have written. Raises `RunError` if `path` holds a run
+    already (unless `overwrite`) or part of one with other settings.
     """
     settings = settings or SurveySettings()
     chosen = settings.check(len(model.spec.heads()))
@@ -141,9 +162,12 @@ def survey(
         work.describe()
         for of_kind in KINDS.values():
             work.detect(of_kind)
+        work.check_any()
         for name in settings.verify:
             work.verify(name)
         work.examples()
+        for step in then:
+            work.add(step)
         return work.finish()
 
 
@@ -178,7 +202,6 @@ class _Survey:
     detectors: list[Detector]
     writer: RunWriter
     reporter: Reporter
-    tops: dict[str, list[Head]] = field(default_factory=dict)
     _probes: dict[str, tuple[Probe, dict[str, Array]]] = field(default_factory=dict)
     _ablator: Ablator | None = None
 
@@ -190,6 +213,7 @@ class _Survey:
         manifest["environment"] = environment()
         manifest["settings"] = self.settings.as_dict()
         manifest.setdefault("tops", {})
+        manifest.setdefault("skipped", [])
         manifest.setdefault("verified", [])
 
     def detect(self, kind: Kind) -> None:
@@ -201,12 +225,27 @@ class _Survey:
         if not self._begin(name, titles):
             return
         began = time.monotonic()
-        tasks = kind.tasks(self.model, self.settings.detection)
-        self._record_prompts(tasks)
-        parts = kind.parts(self.model, detectors, tasks, self.settings.detection, self.reporter.advance)
-        scores = [score(self.model, detector, parts, self.settings.detection.seed) for detector in detectors]
-        self._write_scores(kind.name, HeadScores.join(scores), detectors)
+        found = measure(
+            self.model, kind, detectors, self.settings.detection, tolerant=self.settings.tolerant,
+            progress=self.reporter.advance,
+        )  # fmt: skip
+        self.writer.manifest["skipped"] += found.skipped
+        if found.detectors:
+            self._record_prompts(found.tasks)
+            self._write_scores(kind.name, HeadScores.join(found.scores), found.detectors)
         self.writer.done(name, seconds=time.monotonic() - began)
+
+    def check_any(self) -> None:
+        """Refuse to go on with nothing."""
+        if not self.writer.manifest["tops"]:
+            reasons = dict.fromkeys(row["reason"] for row in self.writer.manifest["skipped"])
+            raise RequestError(f"No detector can run on {self.model.source.name}: {' '.join(reasons)}")
+
+    def add(self, step: Step) -> None:
+        if self._begin(step.name, step.title):
+            began = time.monotonic()
+            step.run(self.writer)
+            self.writer.done(step.name, seconds=time.monotonic() - began)
 
     def _write_scores(self, kind: str, found: HeadScores, detectors: list[Detector]) -> None:
         self.writer.table(f"head_scores/{kind}", found.table)
@@ -221,7 +260,8 @@ class _Survey:
             ]
             self.writer.table(f"position_curves/{kind}", found.curves[keep])
         if len(found.domains):
-            self.writer.table("domain_contrast", found.domains)
+            once = found.domains.drop_duplicates(["layer", "head", "domain"])
+            self.writer.table(f"domain_contrast/{kind}", once)
 
     def verify(self, name: str) -> None:
         step = f"verify:{name}"
@@ -246,16 +286,24 @@ class _Survey:
         if not self._begin("examples", "patterns of the top heads on short prompts"):
             return
         began = time.monotonic()
-        heads = sorted({head for d in self.detectors for head in self._top(d.name, self.settings.top)})
-        tokens, info, patterns = example_tables(self.model, heads)
+        tokens, info, patterns = example_tables(self.model, self._shown())
         self.writer.table("example_tokens", tokens)
         self.writer.table("example_info", info)
         self.writer.array("patterns", patterns)
         self.writer.done("examples", seconds=time.monotonic() - began)
 
+    def _shown(self) -> list[Head]:
+        """The top heads; where there are too many, those that are at the top of most detectors."""
+        leading = [self._top(d.name, self.settings.top) for d in self.detectors]
+        counts = Counter(head for heads in leading for head in heads)
+        return sorted(sorted(counts, key=lambda head: (-counts[head], head))[: self.settings.examples])
+
     def finish(self) -> Run:
         rows = pd.DataFrame(self.writer.manifest.pop("verified"))
         self.writer.manifest.pop("tops")
+        skipped = self.writer.manifest.pop("skipped")
+        if skipped:
+            self.writer.table("skipped", pd.DataFrame(skipped))
         if len(rows):
             self.writer.table("verification", rows.assign(q=q_values(rows["p"].to_numpy(dtype=float))))
         return self.writer.finish()
@@ -267,7 +315,7 @@ class _Survey:
         return not kept
 
     def _top(self, name: str, k: int) -> list[Head]:
-        return [Head.parse(text) for text in self.writer.manifest["tops"][name]][:k]
+        return [Head.parse(text) for text in self.writer.manifest["tops"].get(name, ())][:k]
 
     def _probe(self, name: str) -> tuple[Probe, dict[str, Array]]:
         if name not in self._probes:
