@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from workbench.errors import RequestError
+from workbench.heads.answers import written_answers
 from workbench.heads.detector import Detector, Kind, Progress
+from workbench.heads.detectors.given import json_objects, reasoning_needles, run_given
 from workbench.heads.plain import one_token_prompts, random_prompts
 from workbench.heads.repeats import random_repeats
 from workbench.heads.settings import Settings
-from workbench.tasks import Task, long_texts, needle_grid, text_domains
+from workbench.tasks import NEEDLES, PUBLISHED_NEEDLES, Task, long_texts, needle_grid, text_domains
 from workbench.tracing import Model, Statistic
 
 
@@ -38,9 +40,25 @@ def run_traced(
 def _run_greedy(
     model: Model, task: Task | None, detectors: Sequence[Detector], settings: Settings, progress: Progress | None
 ) -> Any:
-    assert task is not None and task.decoding is not None
-    longest = int(task.n_answers.max()) + 8
-    return model.generate(task.decoding, longest, statistics=wanted_statistics(task, detectors))
+    assert task is not None
+    return written_answers(model, task, wanted_statistics(task, detectors), settings.greedy_tokens, progress)
+
+
+def _run_given(
+    model: Model, task: Task | None, detectors: Sequence[Detector], settings: Settings, progress: Progress | None
+) -> Any:
+    assert task is not None
+    return run_given(model, task, wanted_statistics(task, detectors), progress)
+
+
+def _reasoning(model: Model, settings: Settings) -> list[Task]:
+    tokenizer_of(model, "needle_reasoning")
+    return reasoning_needles(model, settings)
+
+
+def _json(model: Model, settings: Settings) -> list[Task]:
+    tokenizer_of(model, "json")
+    return json_objects(model, settings)
 
 
 def _texts(model: Model, settings: Settings) -> list[Task]:
@@ -63,7 +81,8 @@ def _needles(model: Model, settings: Settings) -> list[Task]:
 
 def _greedy_needles(model: Model, settings: Settings) -> list[Task]:
     tokenizer = tokenizer_of(model, "needle_greedy")
-    return [needle_grid(tokenizer, settings.greedy_lengths, settings.needle_depths, settings.seed)]
+    needles = PUBLISHED_NEEDLES if settings.published_needles else NEEDLES
+    return [needle_grid(tokenizer, settings.greedy_lengths, settings.needle_depths, settings.seed, needles)]
 
 
 def _long_texts(model: Model, settings: Settings) -> list[Task]:
@@ -82,5 +101,7 @@ KINDS: dict[str, Kind] = {
         Kind("repeated", "repeated random tokens", _repeats, run_traced, traced=True),
         Kind("needle", "a needle in a haystack, the answer given", _needles, run_traced, traced=True),
         Kind("needle_greedy", "a needle in a haystack, the answer decoded", _greedy_needles, _run_greedy),
+        Kind("needle_reasoning", "needles of two facts, the answer given", _reasoning, _run_given),
+        Kind("json", "a value of a JSON object, the value given", _json, _run_given),
     )
 }

@@ -10,7 +10,8 @@ from typing import Any
 class Settings:
     """Sizes of the detectors' tasks; the defaults are the published ones where a laptop can run them.
 
-    `bos_id` is the start token of a model that comes without a tokenizer.
+    `bos_id` is the start token of a model that comes without a tokenizer; `published_needles` takes the three of Wu et
+    al. for decoding (they need at least 256 tokens) in place of ours.
     """
 
     seed: int = 0
@@ -24,6 +25,11 @@ class Settings:
     needle_lengths: tuple[int, ...] = (160, 256)
     needle_depths: int = 3
     greedy_lengths: tuple[int, ...] = (160,)
+    greedy_tokens: int = 50
+    published_needles: bool = False
+    reasoning_lengths: tuple[int, ...] = (192,)
+    json_prompts: int = 6
+    json_pairs: int = 5
     long_prompts: int = 4
     long_length: int = 512
     name_prompts: int = 12
@@ -32,6 +38,11 @@ class Settings:
     evaluator_copies: int = 4
     weight_draws: int = 99
     weight_offsets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    causal_probe: str = "induction"
+    causal_prompts: int = 6
+    causal_length: int = 10
+    gating_steps: int = 60
+    gating_masks: int = 4
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -91,7 +91,11 @@ class AttentionCall:
 
     def last_query(self) -> AttentionCall:
         """The same call for its last row alone: what a decoding step would have seen."""
-        return replace(self, q=self.q[:, :, -1:])
+        return self.last_queries(1)
+
+    def last_queries(self, rows: int) -> AttentionCall:
+        """The same call for its last rows alone: what so many decoding steps would have seen."""
+        return replace(self, q=self.q[:, :, -rows:])
 
 
 Observer = Callable[[AttentionCall], Tensor]

@@ -2,6 +2,7 @@
 
 from .domains import DOMAINS as DOMAINS
 from .domains import text_domains as text_domains
+from .json_retrieval import json_retrieval as json_retrieval
 from .long_texts import TOKEN_CLASSES as TOKEN_CLASSES
 from .long_texts import long_texts as long_texts
 from .long_texts import token_classes as token_classes
@@ -20,6 +21,8 @@ from .metrics import needle_recall as needle_recall
 from .metrics import read_answers as read_answers
 from .needle import needle_grid as needle_grid
 from .needles import NEEDLES as NEEDLES
+from .needles import PUBLISHED_NEEDLES as PUBLISHED_NEEDLES
+from .needles import REASONING_NEEDLES as REASONING_NEEDLES
 from .needles import Needle as Needle
 from .plain import one_token as one_token
 from .plain import random_tokens as random_tokens

@@ -31,34 +31,13 @@ from transformers import PreTrainedTokenizerBase
 from workbench.errors import RequestError
 from workbench.models import Batch
 from workbench.tasks import corpus
-from workbench.tasks.encoding import Encoded, Prefix, default_prefix, encode, padding_id
+from workbench.tasks.encoding import Encoded, encode, padding_id
+from workbench.tasks.haystack import Frame, Haystack, frame_of, hidden, refuse_straddling
 from workbench.tasks.needles import NEEDLES, Needle
 from workbench.tasks.task import NONE, Task, Value
 
 LEAST_HAYSTACK = 32
 LEAST_ALIGNED = 0.5
-
-_PLAIN = "{context}\n\nBased on the content of the book, Question: {question}\nAnswer:"
-_CHAT = "<book>{context}</book>\nBased on the content of the book, Question: {question}\nAnswer:"
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """What stands around context and question, and what each prompt begins with."""
-
-    before: str
-    after: str
-    prefix: Prefix
-    chat: bool
-
-    def prompt(self, context: str, needle: Needle) -> str:
-        """What the model is asked."""
-        template = _CHAT if self.chat else _PLAIN
-        return self.before + template.format(context=context, question=needle.question) + self.after
-
-    def lead(self, needle: Needle) -> str:
-        """What stands between the prompt and the answer."""
-        return needle.lead if self.chat else " "
 
 
 @dataclass(frozen=True)
@@ -91,14 +70,14 @@ def needle_grid(
             f"lengths={list(lengths)}, depths={depths}, {len(needles)} needles: the grid is empty; "
             "ask for at least one of each."
         )
-    frame = _frame(tokenizer, chat)
+    frame = frame_of(tokenizer, chat)
     _check_lengths(tokenizer, frame, needles, lengths)
     percents = [float(percent) for percent in np.linspace(0, 100, depths)] if depths > 1 else [50.0]
     starts = np.random.default_rng(seed).integers(0, 2**31, size=len(needles))
     cells: list[_Prompt] = []
     info: list[dict[str, Value]] = []
     for needle, start in zip(needles, starts, strict=True):
-        haystack = _Haystack(tokenizer, int(start))
+        haystack = Haystack(tokenizer, int(start))
         for length in lengths:
             for percent in percents:
                 cell = _fit(tokenizer, frame, haystack, needle, length, percent)
@@ -131,44 +110,13 @@ def needle_grid(
     )
 
 
-class _Haystack:
-    """Prose from a random start on, tokenised once and as long as it was asked for."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, start: int) -> None:
-        self._tokenizer = tokenizer
-        self._text = corpus.prose_text(start)
-        self._encoded = Encoded("", (), ())
-
-    def first(self, tokens: int) -> str:
-        """The text of about so many tokens."""
-        while len(self._encoded.ids) < tokens:
-            wanted = max(2 * len(self._encoded.text), 8 * tokens)
-            while len(self._text) < wanted:
-                self._text += "\n\n" + self._text
-            self._encoded = encode(self._tokenizer, self._text[:wanted])
-        return self._text[: self._encoded.offsets[tokens - 1][1]] if tokens else ""
-
-
-def _frame(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> _Frame:
-    template = bool(getattr(tokenizer, "chat_template", None))
-    if chat and not template:
-        raise RequestError(
-            f"chat=True, but {type(tokenizer).__name__} has no chat template; pass chat=False or nothing."
-        )
-    if chat is False or not template:
-        return _Frame("", "", default_prefix(tokenizer), chat=False)
-    mark = "\u2063workbench\u2063"
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
-    )
-    before, found, after = str(rendered).partition(mark)
-    if not found:
-        raise RequestError("The chat template does not repeat the user's words; pass chat=False.")
-    return _Frame(before, after, Prefix((), "chat template: the special tokens that it writes"), chat=True)
+def _lead(frame: Frame, needle: Needle) -> str:
+    """What stands between the prompt and the answer."""
+    return (needle.reply or needle.lead) if frame.chat else " "
 
 
 def _check_lengths(
-    tokenizer: PreTrainedTokenizerBase, frame: _Frame, needles: Sequence[Needle], lengths: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase, frame: Frame, needles: Sequence[Needle], lengths: Sequence[int]
 ) -> None:
     least = LEAST_HAYSTACK + max(_overhead(tokenizer, frame, needle) for needle in needles)
     if min(lengths) < least:
@@ -178,15 +126,15 @@ def _check_lengths(
         )
 
 
-def _overhead(tokenizer: PreTrainedTokenizerBase, frame: _Frame, needle: Needle) -> int:
-    bare = frame.prompt(needle.text, needle) + frame.lead(needle) + needle.answer
+def _overhead(tokenizer: PreTrainedTokenizerBase, frame: Frame, needle: Needle) -> int:
+    bare = frame.prompt(needle.text, needle.question) + _lead(frame, needle) + needle.answer
     return len(frame.prefix.ids) + len(encode(tokenizer, bare).ids)
 
 
 def _fit(
     tokenizer: PreTrainedTokenizerBase,
-    frame: _Frame,
-    haystack: _Haystack,
+    frame: Frame,
+    haystack: Haystack,
     needle: Needle,
     length: int,
     percent: float,
@@ -201,27 +149,23 @@ def _fit(
         budget -= excess
 
 
-def _build(tokenizer: PreTrainedTokenizerBase, frame: _Frame, hay: str, needle: Needle, percent: float) -> _Prompt:
-    target = _characters(tokenizer, hay, percent)
-    at = max(end for end in [0, *corpus.sentence_ends(hay)] if end <= target)
-    # At full depth nothing stands behind the needle, not even the beginning of a sentence.
-    left, right = hay[:at], "" if percent == 100 else hay[at:]
-    context = f"{left} {needle.text}{right}" if left else f"{needle.text} {right}".rstrip()
-    prompt = frame.prompt(context, needle)
-    reply_at, answer_at = len(prompt), len(prompt) + len(frame.lead(needle))
-    whole = encode(tokenizer, prompt + frame.lead(needle) + needle.answer)
+def _build(tokenizer: PreTrainedTokenizerBase, frame: Frame, hay: str, needle: Needle, percent: float) -> _Prompt:
+    context = hidden(tokenizer, hay, needle.text, percent)
+    prompt = frame.prompt(context, needle.question)
+    reply_at, answer_at = len(prompt), len(prompt) + len(_lead(frame, needle))
+    whole = encode(tokenizer, prompt + _lead(frame, needle) + needle.answer)
     needle_at, question_at = prompt.index(needle.text), prompt.rindex(needle.question)
     source_at = needle_at + len(needle.lead)
     reply, answer = (whole.tokens_in(at, len(whole.text)) for at in (reply_at, answer_at))
-    _refuse_straddling(whole, reply[0], reply_at)
-    _refuse_straddling(whole, answer[0], answer_at)
+    refuse_straddling(whole, reply[0], reply_at)
+    refuse_straddling(whole, answer[0], answer_at)
     source = whole.tokens_in(source_at, source_at + len(needle.answer))
     needle_span = whole.tokens_in(needle_at, needle_at + len(needle.text))
     context_at = prompt.index(context)
     context_span = whole.tokens_in(context_at, context_at + len(context))
     hay_tokens = context_span[1] - context_span[0] - (needle_span[1] - needle_span[0])
     shift = len(frame.prefix.ids)
-    keys = _align(whole, answer, answer_at, source, source_at)
+    keys = align(whole, answer, answer_at, source, source_at)
     if sum(key != NONE for key in keys) < LEAST_ALIGNED * len(keys):
         raise RequestError(
             f"Needle {needle.name!r}: {sum(key == NONE for key in keys)} of {len(keys)} answer tokens are "
@@ -245,24 +189,7 @@ def _build(tokenizer: PreTrainedTokenizerBase, frame: _Frame, hay: str, needle: 
     )
 
 
-def _characters(tokenizer: PreTrainedTokenizerBase, hay: str, percent: float) -> int:
-    """The character at a share of the tokens."""
-    offsets = encode(tokenizer, hay).offsets
-    token = int(len(offsets) * percent / 100)
-    return offsets[token][0] if token < len(offsets) else len(hay)
-
-
-def _refuse_straddling(whole: Encoded, token: int, start: int) -> None:
-    if whole.offsets[token][0] < start:
-        first, last = whole.offsets[token]
-        raise RequestError(
-            f"The tokenizer joins the answer's start to what stands before it in one token "
-            f"({whole.text[first:last]!r}), so nothing can be decoded from the prompt alone; pass the other "
-            "setting of chat."
-        )
-
-
-def _align(
+def align(
     whole: Encoded, answer: tuple[int, int], answer_at: int, source: tuple[int, int], source_at: int
 ) -> list[int]:
     """For each answer token the token of the needle with the same id at the same characters."""
@@ -277,7 +204,7 @@ def _align(
 
 def _assemble(
     tokenizer: PreTrainedTokenizerBase,
-    frame: _Frame,
+    frame: Frame,
     cells: Sequence[_Prompt],
     answers: tuple[str, ...],
     info: tuple[dict[str, Value], ...],
@@ -307,7 +234,7 @@ def _assemble(
         answer_positions=positions,
         answer_keys=keys,
         spans={name: torch.tensor([cell.spans[name] for cell in cells]) for name in cells[0].spans},
-        keys={"needle": _per_query(batch, positions, keys)},
+        keys={"needle": per_query(batch, positions, keys)},
         decoding=Batch.from_ids([cell.ids[: cell.reply_start] for cell in cells], pad_id=pad, side="left"),
         answers=answers,
         settings=settings,
@@ -315,9 +242,10 @@ def _assemble(
     )
 
 
-def _per_query(
+def per_query(
     batch: Batch, positions: Int[Tensor, "prompt answer"], keys: Int[Tensor, "prompt answer"]
 ) -> Int[Tensor, "prompt query 1"]:
+    """For each query column the key that its answer token is copied from."""
     table = torch.full((*batch.ids.shape, 1), NONE)
     prompt, answer = (keys != NONE).nonzero(as_tuple=True)
     table[prompt, positions[prompt, answer], 0] = keys[prompt, answer]

@@ -59,7 +59,7 @@ def generate(
     ablations = [edit for edit in edits if isinstance(edit, Ablation)]
     batch = _left_padded(batch).to(model.device)
     reader = _Reader(ablations, statistics, batch)
-    stops = _stop_ids(model) if stop_ids is None else set(stop_ids)
+    stops = stop_tokens(model) if stop_ids is None else set(stop_ids)
     hf_model, cache = model.attachment.hf_model, None
     ids, mask, positions = batch.ids, batch.mask, batch.positions
     done = torch.zeros(len(batch), dtype=torch.bool, device=model.device)
@@ -86,7 +86,7 @@ def generate(
             ids, positions = token[:, None], positions[:, -1:] + 1
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
     new = torch.stack(steps, dim=1).cpu()
-    return Generation(new, _texts(model, new, stops), reader.finish(new < 0))
+    return Generation(new, texts_of(model, new, stops), reader.finish(new < 0))
 
 
 class _Reader:
@@ -127,7 +127,7 @@ class _Reader:
         for name, layers in self._step.items():
             heads = max(layer.shape[1] for layer in layers)
             even = [
-                torch.cat([x, torch.full_like(x[:, :1], _nothing(x)).expand(-1, heads - x.shape[1], *x.shape[2:])], 1)
+                torch.cat([x, torch.full_like(x[:, :1], nothing_of(x)).expand(-1, heads - x.shape[1], *x.shape[2:])], 1)
                 for x in layers
             ]
             self._steps.setdefault(name, []).append(torch.stack(even, dim=1))
@@ -137,11 +137,12 @@ class _Reader:
         """All steps, those after a prompt's end marked."""
         values = {name: torch.stack(steps, dim=3) for name, steps in self._steps.items()}
         for value in values.values():
-            value[ended[:, None, None, :].expand(value.shape[:4])] = _nothing(value)
+            value[ended[:, None, None, :].expand(value.shape[:4])] = nothing_of(value)
         return values
 
 
-def _nothing(like: Tensor) -> float:
+def nothing_of(like: Tensor) -> float:
+    """What stands where there is no value."""
     return math.nan if like.is_floating_point() else -1
 
 
@@ -185,7 +186,8 @@ def _left_padded(batch: Batch) -> Batch:
     return Batch.from_ids(rows, side="left", texts=batch.texts)
 
 
-def _stop_ids(model: Model) -> set[int]:
+def stop_tokens(model: Model) -> set[int]:
+    """The end tokens of model and tokenizer."""
     found: set[int] = set()
     for holder in (getattr(model.attachment.hf_model, "generation_config", None), model.tokenizer):
         end: Any = getattr(holder, "eos_token_id", None)
@@ -193,7 +195,8 @@ def _stop_ids(model: Model) -> set[int]:
     return found
 
 
-def _texts(model: Model, new: Tensor, stops: set[int]) -> list[str] | None:
+def texts_of(model: Model, new: Tensor, stops: set[int]) -> list[str] | None:
+    """New tokens as text, end tokens left out."""
     if model.tokenizer is None:
         return None
     rows = [[token for token in row if token >= 0 and token not in stops] for row in new.tolist()]

@@ -8,21 +8,29 @@ succeeded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
+from workbench.errors import RequestError
+from workbench.heads.answers import decoding_of, prompts_of, span_of
 from workbench.heads.detector import Array, Detector, Part, PromptScores, prompts, stacked, traced
 from workbench.tasks import Task, accepted
-from workbench.tracing import Statistic
+from workbench.tracing import Generation, Statistic
 from workbench.tracing import statistics as S
-from workbench.tracing.generate import Generation
 
 
 def answer_key_per_row(task: Task) -> Tensor:
     """For each query the key that holds the token to be copied, -1 for rows that write no answer token."""
+    if "needle" not in task.keys:
+        raise RequestError(
+            f"This detector needs prompts whose rows are labelled with the key to be copied (keys 'needle'); "
+            f"{task.name} has {', '.join(task.keys) or 'none'}. Use e.g. needle_grid."
+        )
     return task.keys["needle"][..., 0]
 
 
@@ -80,34 +88,116 @@ def _copy_mass(parts: Sequence[Part]) -> PromptScores:
     )
 
 
-def _greedy(parts: Sequence[Part]) -> PromptScores:
-    """Trials that the model got right; a null from the needle's tokens in shuffled order."""
+@dataclass(frozen=True)
+class Trial:
+    """One prompt that the model answered right: what it wrote, and each step's heaviest key `[layer, head, step]`."""
+
+    prompt: Int[Tensor, " token"]
+    written: Int[Tensor, " step"]
+    heaviest: Int[Tensor, "layer head step"]
+    span: tuple[int, int]
+
+    def hits(self, written: Int[Tensor, " step"] | None = None) -> Bool[Tensor, "layer head step"]:
+        """The heaviest key lies in the span and holds the token that is written at that step."""
+        written = self.written if written is None else written
+        text = torch.cat([self.prompt, self.written])
+        first, last = self.span
+        inside = (self.heaviest >= first) & (self.heaviest < last)
+        return (text[self.heaviest.clamp(min=0)] == written) & inside
+
+    def copied(self, hits: Bool[Tensor, "layer head step"]) -> Array:
+        """Distinct keys of the span that were hit, over its length: the paper's score."""
+        first, last = self.span
+        counted = torch.zeros(*hits.shape[:2], last - first)
+        counted.scatter_add_(2, torch.where(hits, self.heaviest - first, 0), hits.float())
+        return np.asarray(((counted > 0).sum(-1) / (last - first)).double().numpy())
+
+    def counted(self, hits: Bool[Tensor, "layer head step"]) -> Array:
+        """All hits over the span's length: the score of the published code, which can exceed 1."""
+        return np.asarray((hits.sum(-1) / (self.span[1] - self.span[0])).double().numpy())
+
+    def shuffled(self, generator: torch.Generator) -> Int[Tensor, " step"]:
+        """The null: what was written, in another order."""
+        return self.written[torch.randperm(len(self.written), generator=generator)]
+
+
+def accepted_trials(part: Part) -> list[tuple[int, Trial]]:
+    """The prompts that the model answered right (ROUGE-1 recall above one half), with their place in the task."""
+    task, found = prompts(part), part.found
+    assert isinstance(found, Generation)
+    asked, spans = prompts_of(decoding_of(task)), span_of(task, "answer_in_needle")
+    if found.texts is None:
+        raise RequestError("Answers are judged as text; load the model with a tokenizer.")
+    trials = []
+    for index in accepted(found.texts, task.answers).nonzero().flatten().tolist():
+        written = found.ids[index][found.ids[index] >= 0]
+        heaviest = found["argmax"][index][..., : len(written)]
+        first, last = spans[index].tolist()
+        trials.append((index, Trial(torch.tensor(asked[index]), written, heaviest, (first, last))))
+    return trials
+
+
+def _each_trial(parts: Sequence[Part], score: Callable[[Trial, Tensor], Array]) -> PromptScores:
+    """A score of the hits of each accepted trial, and of those with the written tokens in shuffled order."""
     values, nulls = [], []
-    for task, found in parts:
-        assert task is not None and isinstance(found, Generation) and found.texts is not None
-        assert task.decoding is not None
-        generator = torch.Generator().manual_seed(task.seed + 4)
-        asked = [ids[mask] for ids, mask in zip(task.decoding.ids, task.decoding.mask, strict=True)]
-        for index in accepted(found.texts, task.answers).nonzero().flatten().tolist():
-            prompt = asked[index]
-            assert task.answer_keys is not None
-            span = task.answer_keys[index][task.answer_keys[index] >= 0]
-            written = found.ids[index][found.ids[index] >= 0]
-            shuffled = written[torch.randperm(len(written), generator=generator)]
-            values.append(_greedy_hits(found["argmax"][index], prompt, written, span))
-            nulls.append(_greedy_hits(found["argmax"][index], prompt, shuffled, span))
+    for part in parts:
+        generator = torch.Generator().manual_seed(prompts(part).seed + 4)
+        for _, trial in accepted_trials(part):
+            values.append(score(trial, trial.hits()))
+            nulls.append(score(trial, trial.hits(trial.shuffled(generator))))
+    return _piled(parts, values, nulls)
+
+
+def _piled(parts: Sequence[Part], values: list[Array], nulls: list[Array]) -> PromptScores:
     shape = (0, *parts[0].found["argmax"].shape[1:3])
     return PromptScores(np.stack(values) if values else np.zeros(shape), np.stack(nulls) if nulls else np.zeros(shape))
 
 
-def _greedy_hits(heaviest: Tensor, prompt: Tensor, written: Tensor, span: Tensor) -> Array:
-    """As `_hits`, for one decoded prompt: `heaviest` `[layer, head, step]` counts from the prompt's first token."""
-    steps = len(written)
-    keys = heaviest[..., :steps]
-    text = torch.cat([prompt, written])
-    hit = (text[keys.clamp(min=0)] == written) & torch.isin(keys, span)
-    counted = torch.zeros(*keys.shape[:2], len(text)).scatter_add_(2, torch.where(hit, keys, 0), hit.float())
-    return np.asarray(((counted > 0).sum(-1) / max(1, len(span))).double().numpy())
+def _greedy(parts: Sequence[Part]) -> PromptScores:
+    return _each_trial(parts, lambda trial, hits: trial.copied(hits))
+
+
+def _active(parts: Sequence[Part]) -> PromptScores:
+    return _each_trial(parts, lambda trial, hits: np.asarray(hits.any(-1).double().numpy()))
+
+
+def elsewhere(task: Task, seed: int) -> Bool[Tensor, "prompt key"]:
+    """As many tokens of the haystack as the needle has, from a random place: one run, the needle itself left out."""
+    context, needle = task.columns("context"), task.columns("needle")
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.zeros_like(needle)
+    for index in range(len(task)):
+        free, size = (context[index] & ~needle[index]).nonzero().flatten(), int(needle[index].sum())
+        if len(free) < size:
+            raise RequestError(
+                f"{task.name}, prompt {index}: a needle of {size} tokens is longer than the {len(free)} tokens of text "
+                "around it, so no equally long span is left to compare with; ask for longer prompts."
+            )
+        first = int(torch.randint(len(free) - size + 1, (1,), generator=generator))
+        chosen[index, free[first : first + size]] = True
+    return chosen
+
+
+def _span_masses(task: Task) -> list[Statistic]:
+    span_of(task, "needle")
+    return [
+        S.argmax(),
+        S.mass("needle_mass", task.columns("needle")),
+        S.mass("elsewhere_mass", elsewhere(task, task.seed + 5)),
+    ]
+
+
+def _semantic(parts: Sequence[Part]) -> PromptScores:
+    """Accepted trials; the steps that write a token which the needle holds."""
+    values, nulls = [], []
+    for part in parts:
+        task, found = prompts(part), part.found
+        for index, trial in accepted_trials(part):
+            rows = torch.isin(trial.written, task.batch.ids[index][task.columns("needle")[index]])
+            for name, pile in (("needle_mass", values), ("elsewhere_mass", nulls)):
+                mass = found[name][index][..., : len(rows)][..., rows]
+                pile.append(np.asarray((mass.double().sum(-1) / max(1, int(rows.sum()))).numpy()))
+    return _piled(parts, values, nulls)
 
 
 RETRIEVAL = Detector(
@@ -160,5 +250,44 @@ RETRIEVAL_GREEDY = Detector(
     url="https://arxiv.org/abs/2404.15574",
     statistics=lambda task: [S.argmax()],
     score=_greedy,
-    note="As the paper runs it: greedy decoding, failed trials left out.",
+    note="As the paper runs it: greedy decoding, failed trials left out, each token of the needle's answer once (the "
+    "published code counts every hit, so that a trial can exceed 1; its released scores reach 1.79). The needle's span "
+    "is its answer, as in the code. Heads from 0.1 are retrieval heads, from 0.5 strong ones. ROUGE without stemming.",
+)
+ACTIVATION_FREQUENCY = Detector(
+    name="activation_frequency",
+    title="Activation frequency (retrieval)",
+    probe="needle",
+    kind="needle_greedy",
+    measures="share of accepted trials in which the head's heaviest key was the token being written at least once",
+    null="the same with the written tokens in shuffled order",
+    unit="share of trials",
+    positions="decoding steps of accepted trials (ROUGE-1 recall above 0.5)",
+    threshold=None,
+    paper="Wu et al. 2024, Retrieval head mechanistically explains long-context factuality",
+    url="https://arxiv.org/abs/2404.15574",
+    statistics=lambda task: [S.argmax()],
+    score=_active,
+    note="Beside `retrieval_greedy`, on the same run: a head with a high frequency and a low score retrieves some "
+    "tokens only; one far from frequency 1 depends on the context. No bar is published; the paper "
+    "singles out frequency 1.",
+)
+SEMANTIC_RETRIEVAL = Detector(
+    name="semantic_retrieval",
+    title="Semantic retrieval",
+    probe="needle",
+    kind="needle_greedy",
+    measures="mean attention to the whole needle at the steps that write a token which the needle holds",
+    null="mean attention to an equally long span elsewhere in the haystack",
+    unit="attention mass",
+    positions="decoding steps of accepted trials that write a token of the needle",
+    threshold=None,
+    paper="Zhu et al. 2025, CompressKV: semantic retrieval heads",
+    url="https://arxiv.org/abs/2508.02401",
+    statistics=_span_masses,
+    score=_semantic,
+    note="The paper sums the mass over those steps; the mean here is that sum over their number, so that trials of any "
+    "length compare. Its code adds the mass once for every token of the span that equals the written one (repeated "
+    "tokens several times) and takes the answer's words as the span; the whole needle here. No bar is published: the "
+    "paper takes the top 4 heads of each layer.",
 )
