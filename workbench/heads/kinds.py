@@ -8,10 +8,14 @@ from typing import Any
 from workbench.errors import RequestError
 from workbench.heads.answers import written_answers
 from workbench.heads.detector import Detector, Kind, Progress
+from workbench.heads.detectors.evaluators import EVALUATORS
 from workbench.heads.detectors.given import json_objects, reasoning_needles, run_given
+from workbench.heads.detectors.names import NAMED
+from workbench.heads.detectors.successor import SUCCESSION
 from workbench.heads.plain import one_token_prompts, random_prompts
 from workbench.heads.repeats import random_repeats
 from workbench.heads.settings import Settings
+from workbench.heads.weights import WEIGHTS
 from workbench.tasks import NEEDLES, PUBLISHED_NEEDLES, Task, long_texts, needle_grid, text_domains
 from workbench.tracing import Model, Statistic
 
@@ -101,6 +105,10 @@ KINDS: dict[str, Kind] = {
         Kind("repeated", "repeated random tokens", _repeats, run_traced, traced=True),
         Kind("needle", "a needle in a haystack, the answer given", _needles, run_traced, traced=True),
         Kind("needle_greedy", "a needle in a haystack, the answer decoded", _greedy_needles, _run_greedy),
+        WEIGHTS,
+        SUCCESSION,
+        NAMED,
+        EVALUATORS,
         Kind("needle_reasoning", "needles of two facts, the answer given", _reasoning, _run_given),
         Kind("json", "a value of a JSON object, the value given", _json, _run_given),
     )

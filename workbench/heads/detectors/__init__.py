@@ -1,7 +1,22 @@
 """Every detector by name; one module a kind of prompt."""
 
 from workbench.heads.detector import Detector
-from workbench.heads.detectors import given, inactive, lengths, needle, patterns, repeated, shape, sinks, text
+from workbench.heads.detectors import (
+    circuits,
+    evaluators,
+    given,
+    inactive,
+    lengths,
+    names,
+    needle,
+    patterns,
+    repeated,
+    shape,
+    sinks,
+    successor,
+    templates,
+    text,
+)
 
 DETECTORS: dict[str, Detector] = {
     detector.name: detector
@@ -22,6 +37,14 @@ DETECTORS: dict[str, Detector] = {
         needle.RETRIEVAL,
         needle.COPY_MASS,
         needle.RETRIEVAL_GREEDY,
+        *circuits.CIRCUITS,
+        successor.SUCCESSOR,
+        names.NAME_COPYING,
+        names.NAME_SUPPRESSION,
+        evaluators.PREFIX_MATCHING,
+        evaluators.TOKEN_COPYING,
+        evaluators.QK_TRACE,
+        *templates.TEMPLATES,
         needle.ACTIVATION_FREQUENCY,
         needle.SEMANTIC_RETRIEVAL,
         given.HEADKV_R2,
