@@ -13,9 +13,9 @@ from workbench.heads.detectors import patterns
 LENGTHS = (150, 97)
 
 
-def keep_by_hand(candidate, a, q, k, scale, softcap, window):
+def keep_by_hand(candidate, raw, q, k, scale, softcap, window):
     """The candidate's keys as a full `[head, query, key]` mask, loop by loop."""
-    heads, n = a.shape[:2]
+    heads, n = raw.shape[:2]
     share = min(1.0, n / 30_000)
     columns, diagonals, forced = (math.ceil(count * share) for count in (*candidate[1:], 30))
     mask = torch.zeros(heads, n, n, dtype=torch.bool)
@@ -25,9 +25,8 @@ def keep_by_hand(candidate, a, q, k, scale, softcap, window):
                 mask[h, i, :columns] = True
                 mask[h, i, max(0, i - diagonals + 1) : i + 1] = True
         elif candidate.family == "vertical_slash":
-            last = a[h, max(0, n - 64) :]
-            vertical = last.sum(0)
-            slash = torch.stack([a[h].diagonal(-d)[max(0, n - 64 - d) :].sum() for d in range(n)])
+            vertical = raw[h, max(0, n - 64) :].sum(0)
+            slash = torch.stack([raw[h].diagonal(-d)[max(0, n - 64 - d) :].sum() for d in range(n)])
             vertical[:forced] = slash[:forced] = math.inf
             mask[h][:, vertical.topk(columns).indices] = True
             for d in slash.topk(diagonals).indices.tolist():
@@ -58,7 +57,7 @@ def test_recalled_mass_of_every_candidate(tiny, make_task, name, side):
             seen = torch.arange(n).add(1).clamp(max=call.window or n)
             for slot, candidate in enumerate(patterns.CANDIDATES):
                 mask = keep_by_hand(
-                    candidate, a, call.q[0].double(), call.k[0].double(), call.scale, call.softcap, call.window
+                    candidate, one.a, call.q[0].double(), call.k[0].double(), call.scale, call.softcap, call.window
                 )
                 by_hand[prompt, layer, :, 0, slot] = (a * mask).sum(-1)[:, rows].mean(-1)
                 by_hand[prompt, layer, :, 1, slot] = (mask.sum(-1) / seen)[:, rows].mean(-1)
@@ -96,3 +95,41 @@ def test_attention_in_pieces_is_the_same(monkeypatch, tiny, make_task):
     monkeypatch.setattr(patterns, "ENTRIES", 6 * 150 * 7)
     _, again, _ = tiny("llama", patterns.PATTERNS, make_task(LENGTHS))
     torch.testing.assert_close(part.found["minference"], again.found["minference"], equal_nan=True)
+
+
+@pytest.mark.parametrize(("name", "side"), [("llama", "right"), ("mistral", "left")])
+def test_share_of_negligible_blocks(tiny, make_task, name, side):
+    """Against maxima of explicit blocks; a threshold of 5e-4 and one that splits the blocks."""
+    _, part, layers_of = tiny(name, patterns.PATTERNS, make_task(LENGTHS, side=side))
+    maxima = part.found["block_max_16"]
+    for threshold in (5e-4, 0.05):
+        share, depth = patterns.negligible_blocks(maxima, threshold)
+        for prompt, layers in enumerate(layers_of):
+            for layer, one in enumerate(layers):
+                n = one.a.shape[-1]
+                tops = torch.stack(
+                    [
+                        one.a[:, r : r + 16, c : c + 16].flatten(1).amax(1)
+                        for r in range(0, n, 16)
+                        for c in range(0, r + 1, 16)
+                    ],
+                    dim=1,
+                )
+                np.testing.assert_allclose(share[prompt, layer], (tops <= threshold).double().mean(1), atol=1e-9)
+                expected = -tops.clamp(min=1e-30).log10().mean(1)
+                np.testing.assert_allclose(depth[prompt, layer], expected, atol=1e-3)
+    scores = patterns.BLOCK_SPARSITY.score([part])
+    np.testing.assert_allclose(scores.values, patterns.negligible_blocks(maxima, 5e-4)[0])
+
+
+def test_uniform_attention_has_negligible_blocks_only_in_long_texts():
+    from workbench.models import Batch
+
+    for tokens, size in ((512, 16), (8192, 64)):
+        even = patterns._uniform_maxima(Batch.from_ids([[1] * tokens]), size)
+        share = float(patterns.negligible_blocks(even, 5e-4)[0])
+        i = torch.arange(tokens // size) * size
+        blocks = [1 / (row + 1) <= 5e-4 for row in i.tolist() for _ in range(row // size + 1)]
+        assert share == pytest.approx(sum(blocks) / len(blocks))
+        assert (share > 0) == (tokens > 2000)
+    assert patterns.seer_block(2048) == 64 and patterns.seer_block(2047) == 16

@@ -1,9 +1,10 @@
-"""Which sparse pattern a head's attention fits (MInference, Jiang et al. 2024, arXiv 2407.02490).
+"""Which sparse pattern a head's attention fits (MInference), and how many of its blocks matter (SeerAttention).
 
-From the last 64 queries of a text: the sums of attention along columns and along diagonals; from means of queries and
-keys over blocks of 32: which blocks matter. Each candidate keeps some keys of every query (the first and the recent
-ones; the heaviest columns and diagonals; the heaviest blocks), and its score is the attention that it recalls: the
-mean, over later queries, of the mass on the keys that it keeps. The head's pattern is the candidate that recalls most.
+MInference (Jiang et al. 2024, arXiv 2407.02490). From the last 64 queries of a text: the sums of attention along
+columns and along diagonals; from means of queries and keys over blocks of 32: which blocks matter. Each candidate
+keeps some keys of every query (the first and the recent ones; the heaviest columns and diagonals; the heaviest
+blocks), and its score is the attention that it recalls: the mean, over later queries, of the mass on the keys that it
+keeps. The head's pattern is the candidate that recalls most.
 
 The published budgets (100 first and 800 recent keys, and so on) and the first query that counts, 2500, are those of
 a sample of 30 000 tokens. In a shorter text every count is scaled by its length over 30 000 and rounded up; the block
@@ -24,10 +25,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.heads.detector import Array, Detector, Part, PromptScores, traced
+from workbench.heads.detector import Array, Detector, Part, PromptScores, prompts, traced
 from workbench.kernels import StatisticsRequest
-from workbench.models import AttentionCall
+from workbench.models import Batch
+from workbench.tasks import Task
 from workbench.tracing import Statistic
+from workbench.tracing import statistics as S
 from workbench.tracing.statistics import Measured
 
 Family = Literal["a_shape", "vertical_slash", "block_sparse"]
@@ -38,6 +41,7 @@ LAST_QUERIES = 64
 FORCED = 30
 BLOCK, BLOCK_RATIO = 32, 8
 EVALUATED = 256
+SEER_BLOCK, SEER_SMALL, SEER_THRESHOLD = 64, 16, 5e-4
 # Entries of attention that are held at once.
 ENTRIES = 1 << 25
 
@@ -72,16 +76,22 @@ def scaled(count: int, tokens: int) -> int:
 def evaluated_rows(tokens: int) -> Int[Tensor, " row"]:
     """The queries whose recalled mass is taken."""
     first = min(scaled(FIRST_QUERY, tokens), tokens - 1)
-    return torch.linspace(first, tokens - 1, min(EVALUATED, tokens - first)).round().long().unique()
+    places = torch.linspace(first, tokens - 1, min(EVALUATED, tokens - first), dtype=torch.float64)
+    return places.round().long()
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One layer's attention over one prompt, its padding cut off."""
+    """One layer's attention over one prompt, its padding cut off.
+
+    `columns` and `diagonals` are the sums over the last 64 queries of the attention to each key and at each distance.
+    """
 
     q: Float[Tensor, "head token dim"]
     k: Float[Tensor, "kv_head token dim"]
     lse: Float[Tensor, "head token"]
+    columns: Float[Tensor, "head token"]
+    diagonals: Float[Tensor, "head token"]
     scale: float
     softcap: float | None
     window: int | None
@@ -108,24 +118,18 @@ class Prompt:
         return mass / mass.sum(-1, keepdim=True).clamp(min=1e-37)
 
 
-def prompts_of(call: AttentionCall, lse: Float[Tensor, "batch head query"]) -> Iterator[tuple[int, slice, Prompt]]:
+def prompts_of(measured: Measured) -> Iterator[tuple[int, slice, Prompt]]:
     """Each prompt of a call by itself: its row in the batch, its columns, and its attention."""
-    tokens = call.k.shape[2]
+    call, found, tokens = measured.call, measured.found, measured.call.k.shape[2]
+    assert found.lse is not None and found.column_last is not None and found.diagonal_last is not None
+    columns = found.column_last[:, :, measured.request.column_last.index(LAST_QUERIES)]
     starts = [0] * len(call.q) if call.key_start is None else call.key_start.tolist()
     ends = [tokens] * len(call.q) if call.key_end is None else call.key_end.tolist()
     for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
         real = slice(start, end)
-        q, k = call.q[index][:, real], call.k[index][:, real]
-        yield index, real, Prompt(q, k, lse[index][:, real], call.scale, call.softcap, call.window)
-
-
-def last_sums(prompt: Prompt) -> tuple[Float[Tensor, "head key"], Float[Tensor, "head distance"]]:
-    """Sums over the last 64 queries of the attention to each key, and at each distance."""
-    rows = torch.arange(max(0, prompt.tokens - LAST_QUERIES), prompt.tokens, device=prompt.q.device)
-    a, (_, back) = prompt.pattern(rows), prompt.visible(rows)
-    along = torch.zeros_like(a[:, 0])
-    along.scatter_add_(1, back.flatten().expand(len(a), -1), a.flatten(1))
-    return a.sum(1), along
+        q, k, lse, sums = (x[index][:, real] for x in (call.q, call.k, found.lse, columns))
+        along = found.diagonal_last[index][:, : end - start]
+        yield index, real, Prompt(q, k, lse, sums, along, call.scale, call.softcap, call.window)
 
 
 def best_blocks(prompt: Prompt) -> Bool[Tensor, "head block_row block_column"]:
@@ -153,12 +157,11 @@ def _heaviest(sums: Float[Tensor, "head place"], count: int, forced: int) -> Boo
 def recalls(prompt: Prompt, rows: Int[Tensor, " row"]) -> Float[Tensor, "head row column"]:
     """Mass that each candidate recalls of each query, then the share of visible keys that it keeps."""
     n, device = prompt.tokens, prompt.q.device
-    columns, diagonals = last_sums(prompt)
     forced, blocks, place = scaled(FORCED, n), best_blocks(prompt), torch.arange(n, device=device)
     lines = {
         one: (
-            _heaviest(columns, scaled(one.columns, n), forced),
-            _heaviest(diagonals, scaled(one.diagonals, n), forced),
+            _heaviest(prompt.columns, scaled(one.columns, n), forced),
+            _heaviest(prompt.diagonals, scaled(one.diagonals, n), forced),
         )
         for one in CANDIDATES
         if one.family == "vertical_slash"
@@ -172,7 +175,7 @@ def recalls(prompt: Prompt, rows: Int[Tensor, " row"]) -> Float[Tensor, "head ro
         return lines[one][0][:, None] | lines[one][1][:, back]
 
     found = []
-    for part in rows.to(device).split(max(1, ENTRIES // (len(prompt.q) * n))):
+    for part in rows.to(device).split(max(1, ENTRIES // (len(prompt.q) * n))):  # type: ignore[no-untyped-call]
         a, (seen, back) = prompt.pattern(part), prompt.visible(part)
         keeps = [kept(one, part, back) & seen for one in CANDIDATES]
         recalled = [(a * keep).sum(-1) for keep in keeps]
@@ -184,17 +187,18 @@ def recalls(prompt: Prompt, rows: Int[Tensor, " row"]) -> Float[Tensor, "head ro
 def recalled() -> Statistic:
     """What `recalls` finds, a column each; NaN at queries that are not looked at."""
     width = 2 * len(CANDIDATES)
+    request = StatisticsRequest(lse=True, column_last=(LAST_QUERIES,), diagonal_last=LAST_QUERIES)
 
     def read(measured: Measured) -> Tensor:
-        call, lse = measured.call, measured.found.lse
+        lse = measured.found.lse
         assert lse is not None
         out = lse.new_full((*lse.shape, width), torch.nan)
-        for index, real, prompt in prompts_of(call, lse):
+        for index, real, prompt in prompts_of(measured):
             rows = evaluated_rows(prompt.tokens)
             out[index][:, rows.to(out.device) + real.start] = recalls(prompt, rows)
         return out
 
-    return Statistic("minference", StatisticsRequest(lse=True), read, columns=width)
+    return Statistic("minference", request, read, columns=width)
 
 
 def _means(parts: Sequence[Part]) -> tuple[Array, Array]:
@@ -210,7 +214,8 @@ def _best_of(*families: Family) -> Callable[[Sequence[Part]], PromptScores]:
     def score(parts: Sequence[Part]) -> PromptScores:
         mass, density = (side[..., chosen] for side in _means(parts))
         best = mass.mean(axis=0).argmax(axis=-1)[None, ..., None]
-        return PromptScores(*(np.take_along_axis(side, best, axis=-1)[..., 0] for side in (mass, density)))
+        values, null = (np.take_along_axis(side, best, axis=-1)[..., 0] for side in (mass, density))
+        return PromptScores(values, null)
 
     return score
 
@@ -252,6 +257,49 @@ def _detector(name: str, title: str, what: str, *families: Family) -> Detector:
     )
 
 
+def seer_block(tokens: int) -> int:
+    """The published block size, or a smaller one where a text would have few of them."""
+    return SEER_BLOCK if tokens >= 32 * SEER_BLOCK else SEER_SMALL
+
+
+def _seer_statistics(task: Task) -> list[Statistic]:
+    return [S.block_max(seer_block(task.batch.ids.shape[1]))]
+
+
+def negligible_blocks(
+    maxima: Float[Tensor, "*lead query_block key_block"], threshold: float
+) -> tuple[Float[Tensor, "*lead"], Float[Tensor, "*lead"]]:
+    """Share of a prompt's blocks, on the diagonal and below, whose maximum is not above a threshold; and the mean of
+    -log10 of the maxima."""
+    count = maxima.shape[-1]
+    there = torch.ones(count, count, dtype=torch.bool).tril() & ~maxima.isnan()
+    blocks = there.sum((-2, -1))
+    share = ((maxima <= threshold) & there).sum((-2, -1)).double() / blocks
+    depth = torch.where(there, -maxima.double().clamp(min=1e-30).log10(), 0.0).sum((-2, -1)) / blocks
+    return share, depth
+
+
+def _uniform_maxima(batch: Batch, size: int) -> Float[Tensor, "prompt 1 1 query_block key_block"]:
+    """Block maxima of uniform causal attention: 1 / i of the first query, counted from 1, that sees the block."""
+    count = -(-batch.ids.shape[1] // size)
+    place = torch.arange(count) * size
+    maxima = 1.0 / (torch.maximum(place[:, None], place[None]) + 1.0)
+    short = place[None] >= batch.lengths[:, None].cpu()
+    return maxima.masked_fill(short[:, :, None] | short[:, None], torch.nan)[:, None, None]
+
+
+def _seer(parts: Sequence[Part]) -> PromptScores:
+    values, null, depth = [], [], []
+    for part in parts:
+        trace, size = traced(part), seer_block(prompts(part).batch.ids.shape[1])
+        share, level = negligible_blocks(trace[f"block_max_{size}"], SEER_THRESHOLD)
+        even, _ = negligible_blocks(_uniform_maxima(trace.batch, size), SEER_THRESHOLD)
+        values.append(np.asarray(share.numpy()))
+        null.append(np.broadcast_to(even.numpy(), values[-1].shape))
+        depth.append(level.numpy())
+    return PromptScores(np.concatenate(values), np.concatenate(null), ties=np.concatenate(depth).mean(axis=0))
+
+
 MINFERENCE = _detector(
     "minference",
     "Best sparse pattern",
@@ -266,4 +314,23 @@ VERTICAL_SLASH = _detector(
     "vertical_slash",
 )  # fmt: skip
 BLOCK_SPARSE = _detector("block_sparse", "Block-sparse", "the block-sparse pattern", "block_sparse")
-PATTERNS = (MINFERENCE, A_SHAPE, VERTICAL_SLASH, BLOCK_SPARSE)
+BLOCK_SPARSITY = Detector(
+    name="block_sparsity",
+    title="Negligible blocks",
+    kind="long_text",
+    measures="share of the blocks of attention in which no weight exceeds 5e-4",
+    null="the same for uniform attention over all earlier keys",
+    unit="share of blocks",
+    positions="all blocks on and below the diagonal",
+    threshold=None,
+    paper="Gao et al. 2024, SeerAttention",
+    url="https://arxiv.org/abs/2410.13276",
+    statistics=_seer_statistics,
+    score=_seer,
+    probe=None,
+    note=f"Blocks of {SEER_BLOCK} x {SEER_BLOCK} as published from {32 * SEER_BLOCK} tokens on, of {SEER_SMALL} x "
+    f"{SEER_SMALL} in shorter texts. The threshold was published for the gate's estimates in long texts (5e-4 to "
+    "5e-3); in a text of a few hundred tokens most blocks exceed it, so few score above zero. Equal shares are ranked "
+    "by the mean order of magnitude of the maxima.",
+)
+PATTERNS = (MINFERENCE, A_SHAPE, VERTICAL_SLASH, BLOCK_SPARSE, BLOCK_SPARSITY)
