@@ -120,7 +120,11 @@ class _Score:
 
     def __call__(self, trace: Trace) -> Array:
         values = self.read(trace)
-        return values if self.over is None else values / self.over(trace)
+        if self.over is None:
+            return values
+        over = np.broadcast_to(self.over(trace), values.shape)
+        # A mean of 0 is of zeros alone (the entropy of a prompt of one token): each is like the mean.
+        return np.where(over == 0, 1.0, values / np.where(over == 0, 1.0, over))
 
 
 def _plain_and_normed(

@@ -12,7 +12,7 @@ time: tokens x width x (layers + 1) numbers in the model's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
@@ -118,6 +118,6 @@ def massive_summary(massive: pd.DataFrame) -> pd.DataFrame:
     ).reset_index()
 
 
-def _listed(positions: Sequence[int]) -> str:
+def _listed(positions: pd.Series) -> str:
     found = sorted({int(position) for position in positions})
     return " ".join(map(str, found[:8])) + (" ..." if len(found) > 8 else "")

@@ -121,7 +121,8 @@ def _drain(parts: Sequence[Part]) -> PromptScores:
         column = torch.arange(task.batch.ids.shape[1])
         rest = (column > task.batch.starts[:, None]) & (column != key[:, None])
         mean = mean_over(trace["value_write_norm"], rest[:, None, None]).numpy()
-        return np.asarray(at_column(part, "value_write_norm", key) / mean)
+        ratio: Array = at_column(part, "value_write_norm", key) / mean
+        return ratio
 
     return PromptScores(
         stacked(parts, lambda part: relative(part, False)), stacked(parts, lambda part: relative(part, True))
@@ -143,7 +144,7 @@ def _learned(parts: Sequence[Part]) -> PromptScores:
     def even(part: Part) -> Array:
         trace = traced(part)
         share = (1.0 / (visible_keys(trace) + 1)).expand_as(trace["sink_mass"])
-        return np.asarray(mean_over(share, visible_keys(trace) > 0).numpy()) * has
+        return np.where(has, mean_over(share, visible_keys(trace) > 0).numpy(), 0.0)
 
     return PromptScores(stacked(parts, mass), stacked(parts, even))
 
