@@ -18,6 +18,7 @@ from workbench.kernels import (
     attention_pattern,
     attention_statistics,
     blocks,
+    identities,
 )
 
 EVERYTHING = StatisticsRequest(
@@ -70,9 +71,9 @@ def check(
     heads, kv_heads = options.pop("heads", (3, 1))
     q, k, v, features, slots = make(length, heads, kv_heads, batch, queries=queries, seed=length)
     arguments = {"key_features": features, "query_keys": slots, "key_start": start, "key_end": end} | options
-    if implementation == "blocks":
-        arguments["value_features"] = torch.randn(batch, kv_heads, length, 2)
-        arguments["query_weights"] = torch.rand(batch, 2, q.shape[2])
+    arguments["value_features"] = torch.randn(batch, kv_heads, length, 2)
+    # More weightings than a head is wide.
+    arguments["query_weights"] = torch.rand(batch, 20, q.shape[2])
     truth = attention_statistics(q, k, v, request, implementation="reference", **arguments)
     found = attention_statistics(q, k, v, request, implementation=implementation, **arguments)
     compare(found, truth)
@@ -86,26 +87,21 @@ def check(
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("implementation", ["blocks", "identities"])
 def test_ragged_lengths_and_grouped_heads(length, heads, implementation):
-    if implementation == "identities":
-        q, k, v, features, slots = make(length, *heads, seed=length)
-        v = v[..., :16]
-        arguments = {"key_features": features, "query_keys": slots}
-        truth = attention_statistics(q, k, v, LINEAR, implementation="reference", **arguments)
-        compare(attention_statistics(q, k, v, LINEAR, implementation="identities", **arguments), truth)
-    else:
-        check(length, heads=heads)
+    check(length, heads=heads, implementation=implementation)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-def test_padding(length, side):
+@pytest.mark.parametrize("implementation", ["blocks", "identities"])
+def test_padding(length, side, implementation):
     """The padded prompt's real rows equal the oracle's, and its padding rows and columns are zero."""
     pad = length // 3
     start = torch.tensor([0, pad if side != "right" else 0])
     end = torch.tensor([length, length - pad // 2 if side != "left" else length])
-    found = check(length, start=start, end=end)
+    found = check(length, start=start, end=end, implementation=implementation)
     outside = (torch.arange(length) < start[1]) | (torch.arange(length) >= end[1])
     assert (found.output[1][:, outside] == 0).all() and (found.column_sum[1][:, outside] == 0).all()
+    assert (found.column_weighted[1][..., outside] == 0).all()
     assert (found.argmax[1][:, outside] == -1).all()
 
 
@@ -163,6 +159,59 @@ def test_half_inputs_accumulate_in_float32(dtype):
     q, k, v, _features, _slots = (x.to(dtype) if x.is_floating_point() else x for x in make(200))
     truth = attention_statistics(q.double(), k.double(), v.double(), EVERYTHING, implementation="reference")
     compare(attention_statistics(q, k, v, EVERYTHING, implementation="blocks"), truth, 1e-5)
+
+
+REACHED = StatisticsRequest(
+    output=True, lse=True, entropy=True, distance=True, mean_logit=True, first_logit=True, first=(1, 40, 4),
+    recent=(3, 16), offsets=(0, -1, -7), sink_mass=True, column_sum=True, column_last=(3, 64),
+)  # fmt: skip
+
+
+def refuse_blocks(*args, **options):
+    raise AssertionError("blocks were asked")
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("heads", GROUPS.values(), ids=GROUPS)
+def test_identities_reach_all_that_is_linear_alone(length, heads, monkeypatch):
+    monkeypatch.setattr(identities, "blocked_statistics", refuse_blocks)
+    check(length, heads=heads, request=REACHED, implementation="identities")
+    check(length, heads=heads, request=REACHED, implementation="identities", start=torch.tensor([length // 3, 0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_identities_leave_the_remainder_to_blocks(dtype, monkeypatch):
+    """Blocks are asked for exactly what identities do not reach, and bands of both come back in their order."""
+    asked = []
+
+    def spy(*args, **options):
+        asked.append((args[3], {name for name, value in options.items() if value is not None}))
+        return blocks.blocked_statistics(*args, **options)
+
+    monkeypatch.setattr(identities, "blocked_statistics", spy)
+    q, k, v, features, slots = (x.to(dtype) if x.is_floating_point() else x for x in make(90))
+    request = StatisticsRequest(lse=True, first=(40, 2), recent=(30, 4, 17, 1), column_sum=True, max_prob=True)
+    arguments = {"key_features": features, "query_keys": slots}
+    truth = attention_statistics(q, k, v, request, implementation="reference", **arguments)
+    # The CPU's own operator sums bfloat16 logits a little more coarsely than blocks do.
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-4
+    compare(attention_statistics(q, k, v, request, implementation="identities", **arguments), truth, tolerance)
+    left, given = asked[0]
+    if dtype == torch.float32:
+        assert left == StatisticsRequest(recent=(30, 17), max_prob=True) and given == {"scale"}
+    else:
+        assert left == StatisticsRequest(first=(40,), recent=(30, 17), max_prob=True, column_sum=True)
+        assert given == {"scale", "key_features"}
+
+
+def test_short_distances_keep_their_digits_at_far_positions():
+    """Heads that attend to the previous token, two thousand tokens on."""
+    k = torch.nn.functional.normalize(torch.randn(1, 1, 2048, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    q, request = k.roll(1, dims=2) * 40, StatisticsRequest(distance=True)
+    truth = attention_statistics(q, k, k, request, implementation="reference", scale=1.0).distance
+    found = attention_statistics(q, k, k, request, implementation="identities", scale=1.0).distance
+    assert truth[..., 1000:].median() < 2
+    torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5)
 
 
 def test_top_k_beyond_the_visible_keys_is_padded():
@@ -254,7 +303,8 @@ def test_requests_merge_and_refuse():
     with pytest.raises(RequestError, match="top_k = 65"):
         StatisticsRequest(top_k=65)
     q, k, v, _, _ = make(8)
-    with pytest.raises(RequestError, match="implementation='blocks'"):
-        attention_statistics(q, k, v, StatisticsRequest(argmax=True), implementation="identities")
+    for options in ({"window": 3}, {"softcap": 2.0}, {"sinks": torch.zeros(3)}, {"causal": False}):
+        with pytest.raises(RequestError, match="implementation='blocks'"):
+            attention_statistics(q, k, v, LINEAR, implementation="identities", **options)
     with pytest.raises(RequestError, match="not a multiple"):
         attention_statistics(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), LINEAR)

@@ -27,7 +27,19 @@ def given(batch: Batch) -> dict[str, Tensor]:
         "weights": torch.rand(*shape, 3, generator=generator),
         "key": torch.randint(-1, shape[1], shape, generator=generator),
         "keys": torch.randint(-1, shape[1], (*shape, 2), generator=generator),
+        "span": batch.ids % 4 == 1,
+        "emphasis": torch.rand(*shape, 2, generator=generator),
     }
+
+
+def directions(head_dims: list[tuple[int, int]]) -> list[Tensor]:
+    """One direction for each head of each layer."""
+    generator = torch.Generator().manual_seed(6)
+    return [torch.randn(heads, dim, generator=generator) for heads, dim in head_dims]
+
+
+def largest(values: Tensor) -> Tensor:
+    return values.abs().amax(-1)
 
 
 def everything(batch: Batch) -> list[Statistic | tuple[Statistic, ...]]:
@@ -41,7 +53,10 @@ def everything(batch: Batch) -> list[Statistic | tuple[Statistic, ...]]:
         statistics.column_sum(), statistics.column_mean(), statistics.column_last(3), statistics.column_last(50),
         statistics.spread(), statistics.above(0.1), statistics.max_logit(), statistics.mean_logit(),
         statistics.first_logit(), statistics.column_max(), statistics.value_norm(), statistics.output_norm(),
-        statistics.result_norm(),
+        statistics.result_norm(), statistics.column_above(0.15), statistics.column_weighted("span", labels["span"]),
+        statistics.column_weighted("emphasis", labels["emphasis"]), statistics.diagonal(), statistics.diagonal_last(6),
+        statistics.block_sum(16), statistics.block_max(16), statistics.value_mass("value_mass"),
+        statistics.value_mass("largest", largest),
     ]  # fmt: skip
 
 
@@ -80,6 +95,23 @@ def naive(a: Tensor, window: int | None, labels: dict[str, Tensor], start: int) 
         "column_last_3": a[:, -3:].sum(1),
         "column_last_50": a[:, -50:].sum(1),
         "column_max": a.amax(1),
+        "span": labels["span"].double() @ a,
+        "emphasis": torch.einsum("h i j, i c -> h j c", a, labels["emphasis"].double()),
+    }
+
+
+def pooled(a: Tensor) -> dict[str, Tensor]:
+    """Sums along diagonals and over blocks of one prompt's pattern, explicit loops."""
+    n, b = a.shape[-1], 16
+    blocks = range(0, n, b)
+    parts = [[a[:, i : i + b, j : j + b] for j in blocks] for i in blocks]
+    return {
+        "diagonal": torch.stack([a.diagonal(-d, 1, 2).sum(-1) for d in range(n)], dim=-1),
+        "diagonal_last_6": torch.stack(
+            [sum((a[:, i, i - d] for i in range(max(d, n - 6), n)), a[:, 0, 0] * 0) for d in range(n)], dim=-1
+        ),
+        "block_sum_16": torch.stack([torch.stack([x.sum((1, 2)) for x in row], -1) for row in parts], 1),
+        "block_max_16": torch.stack([torch.stack([x.amax((1, 2)) for x in row], -1) for row in parts], 1),
     }
 
 
@@ -111,7 +143,9 @@ def same(found: Tensor, truth: Tensor, name: str) -> None:
 @pytest.mark.parametrize("side", SIDES)
 def test_every_statistic_is_that_of_the_eager_pattern(exact, make_batch, side: str) -> None:
     batch, spec = make_batch(LENGTHS, side), exact.model.spec
-    trace = exact.model.trace(batch, statistics=everything(batch), sites=["q", "k", "v"])
+    along = directions([(shape.heads, shape.head_dim) for shape in spec.layers])
+    wanted = [*everything(batch), statistics.value_mass("along", along)]
+    trace = exact.model.trace(batch, statistics=wanted, sites=["q", "k", "v"])
     unread = set(trace.values)
     for row, (start, length) in enumerate(zip(batch.starts.tolist(), batch.lengths.tolist(), strict=True)):
         real = slice(start, start + length)
@@ -126,6 +160,21 @@ def test_every_statistic_is_that_of_the_eager_pattern(exact, make_batch, side: s
             expected["value_norm"] = v.norm(dim=-1).T.repeat_interleave(shape.group, dim=0)
             expected["output_norm"] = z.norm(dim=-1).T
             expected["result_norm"] = torch.einsum("t h d, h d m -> h t m", z, w).norm(dim=-1)
+            expected["along"] = torch.einsum("t h d, h d -> h t", z, along[layer].double())
+            for name, function in (("value_mass", lambda x: x.norm(dim=-1)), ("largest", largest)):
+                of_values = function(v).T.repeat_interleave(shape.group, dim=0)
+                expected[name] = torch.einsum("h i j, h j -> h i", a, of_values)
+            for name, value in pooled(a).items():
+                found = trace[name][row, layer, : shape.heads]
+                size = value.shape[-1]
+                own = found[..., :size, :size] if name.startswith("block") else found[..., :size]
+                same(own, value, f"{name} of layer {layer}, prompt {row}")
+                assert int((~found.isnan()).sum()) == value.numel(), name
+                unread.discard(name)
+            hit = a > 0.15
+            first = torch.where(hit.any(1), hit.int().argmax(1) + start, -1)
+            assert torch.equal(trace["column_above_0.15"][row, layer, : shape.heads, real], first)
+            unread.discard("column_above_0.15")
             for name, value in expected.items():
                 same(trace[name][row, layer, : shape.heads, real], value, f"{name} of layer {layer}, prompt {row}")
             unread -= set(expected)
@@ -158,13 +207,21 @@ def test_padding_is_marked_and_nothing_else(subject, make_batch, side: str) -> N
     trace = subject.model.trace(batch, statistics=everything(batch))
     padding = ~batch.mask[:, None, None, :]
     for name, value in trace.values.items():
-        if name in ("argmax", "top_k"):
+        if trace.statistics[name].axis in ("distance", "block"):
+            size = 16 if trace.statistics[name].axis == "block" else 1
+            short = torch.arange(value.shape[-1]) * size >= batch.lengths[:, None]
+            short = (short[:, None] | short[:, :, None] if size > 1 else short)[:, None, None]
+            assert (value.isnan() == short.expand_as(value)).all(), name
+        elif name == "column_above_0.15":
+            assert value.dtype == torch.int64 and (value[padding.expand_as(value)] == -1).all()
+        elif name in ("argmax", "top_k"):
             assert value.dtype == torch.int64
             missing = value.flatten(4).amax(-1) < 0 if name == "top_k" else value < 0
         else:
             assert value.dtype == torch.float32
             missing = value.isnan().flatten(4).any(-1) if value.ndim > 4 else value.isnan()
-        assert (missing == padding.expand_as(missing)).all(), name
+        if trace.statistics[name].axis in ("query", "key") and name != "column_above_0.15":
+            assert (missing == padding.expand_as(missing)).all(), name
 
 
 @few
@@ -227,12 +284,16 @@ def test_means_leave_padding_out(subject, make_batch) -> None:
 @pytest.mark.parametrize("subject", ["mistral"], indirect=True)
 def test_the_dataset_is_labelled(subject, make_batch) -> None:
     batch = make_batch((9, 4))
-    wanted = [statistics.entropy(), statistics.column_sum(), statistics.top_k(2)]
+    wanted = [statistics.entropy(), statistics.column_sum(), statistics.top_k(2), statistics.diagonal()]
+    wanted += [statistics.block_max(16), statistics.column_weighted("span", torch.ones(2, 9, 3))]
     trace = subject.model.trace(batch, statistics=wanted)
     data = trace.dataset()
     assert data["entropy"].dims == ("prompt", "layer", "head", "query")
     assert data["column_sum"].dims == ("prompt", "layer", "head", "key")
     assert data["top_k"].dims == ("prompt", "layer", "head", "query", "top_k_column")
+    assert data["diagonal"].dims == ("prompt", "layer", "head", "distance")
+    assert data["block_max_16"].dims == ("prompt", "layer", "head", "query_block", "key_block")
+    assert data["span"].dims == ("prompt", "layer", "head", "key", "span_column")
     assert data["top_k"].values.tolist() == trace["top_k"].tolist()
 
 
@@ -248,6 +309,23 @@ def test_wrong_requests_are_named(subject, make_batch) -> None:
         statistics.mass("span", torch.zeros(2, 8, 1, 1))
     with pytest.raises(RequestError, match=r"at_keys\('needle'\): keys of shape \(2, 8, 1, 1\)"):
         statistics.at_keys("needle", torch.zeros(2, 8, 1, 1, dtype=torch.long))
+    with pytest.raises(RequestError, match=r"column_weighted\('span'\): weights of shape \(2, 8, 1, 1\)"):
+        statistics.column_weighted("span", torch.zeros(2, 8, 1, 1))
+    with pytest.raises(RequestError, match=r"'span' is given for \(2, 7\)"):
+        model.trace(batch, statistics=[statistics.column_weighted("span", wrong)])
+    with pytest.raises(RequestError, match="one size; ask in two calls"):
+        model.trace(batch, statistics=[statistics.block_sum(16), statistics.block_max(32)])
+    with pytest.raises(RequestError, match="Blocks of 3"):
+        statistics.block_sum(3)
+    with pytest.raises(RequestError, match=r"'norms': its function made \(2, 8\) of values"):
+        model.trace(batch, statistics=[statistics.value_mass("norms", lambda v: v.norm(dim=-1)[:, 0])])
+    with pytest.raises(RequestError, match="'along': directions of layer 0 are"):
+        model.trace(batch, statistics=[statistics.value_mass("along", torch.zeros(3, 1, 1))])
+    with pytest.raises(RequestError, match="no positions to take a mean over; its axes are query_block and key_block"):
+        model.trace(batch, statistics=[statistics.block_sum(16)]).mean("block_sum_16")
+    for statistic in (statistics.diagonal(), statistics.value_mass("norms")):
+        with pytest.raises(RequestError, match=statistic.name):
+            model.generate([[5, 6]], 2, statistics=[statistic])
     with pytest.raises(RequestError, match="65 key features"):
         model.trace(batch, statistics=[statistics.mass("many", torch.zeros(2, 8, 65))])
     with pytest.raises(RequestError, match="Two statistics are called 'entropy'"):

@@ -1,8 +1,9 @@
 """The one entry to attention statistics, and to attention itself.
 
 Four implementations stand behind `attention_statistics`: `reference` (float64, the full matrix, the oracle),
-`blocks` (one streaming pass in torch, any device), `identities` (stock fused attention, for linear statistics) and
-`triton` (our kernels: CUDA, or Triton's interpreter). `attention_output` is attention without statistics: stock
+`blocks` (one streaming pass in torch, any device), `identities` (stock fused attention, forward and backward, for what
+is linear in the pattern, with `blocks` for the rest of the request) and `triton` (our kernels: CUDA, or Triton's
+interpreter). `attention_output` is attention without statistics: stock
 `scaled_dot_product_attention` wherever that computes the model's attention; where it cannot (a window shorter than
 the prompt, soft-capped logits, learned sinks), `triton` on CUDA and `blocks` elsewhere.
 """
@@ -22,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from workbench.errors import RequestError
 from workbench.kernels.blocks import blocked_statistics
 from workbench.kernels.geometry import Geometry
-from workbench.kernels.identities import identities_reach, sdpa_statistics
+from workbench.kernels.identities import is_faster, is_plain, sdpa_statistics
 from workbench.kernels.reference import attention_pattern, reference_statistics
 from workbench.kernels.request import MAX_FEATURES, WIDEST, AttentionStatistics, StatisticsRequest
 
@@ -78,16 +79,17 @@ def attention_statistics(
         query_weights: weights of the queries; weighted column sums come back as `column_weighted`.
         lse: the log-sum-exp from an earlier call on the same tensors; spares `triton` the row pass where only
             columns, maps or single entries are asked for.
-        implementation: "auto" takes the fastest that reaches the request.
+        implementation: "auto" takes the fastest for the device. "identities" serves any request, its non-linear part
+            by blocks, but only of plain causal attention: no window, cap or sinks, and a query per key.
 
     Raises:
         RequestError: shapes that do not belong together, or an implementation that cannot serve the request.
     """
     geometry = Geometry(q.shape[0], q.shape[2], k.shape[2], causal, window, key_start, key_end)
-    columns = _check(q, k, request, causal, key_features, value_features)
-    reached = identities_reach(request, geometry, q.dtype, softcap=softcap, sinks=sinks, features=columns > 0)
-    reached = reached and value_features is None and query_weights is None
-    chosen = _choose(implementation, reached, q, v)
+    _check(q, k, request, causal, key_features, value_features)
+    plain = is_plain(geometry, q.dtype, q.device.type, softcap=softcap, sinks=sinks)
+    faster = plain and is_faster(request, q.dtype, weighted=query_weights is not None)
+    chosen = _choose(implementation, plain, faster, q, v)
     call = (q, k, v, request, geometry)
     with torch.no_grad():
         return IMPLEMENTATIONS[chosen](
@@ -105,8 +107,8 @@ def attention_statistics(
 
 def _check(
     q: Tensor, k: Tensor, request: StatisticsRequest, causal: bool, shared: Tensor | None, own: Tensor | None
-) -> int:
-    """Refuse what does not belong together; returns how many functions of the key there are."""
+) -> None:
+    """Refuse what does not belong together."""
     if q.shape[1] % k.shape[1]:
         raise RequestError(f"{q.shape[1]} query heads cannot share {k.shape[1]} KV heads: not a multiple.")
     columns = sum(x.shape[-1] for x in (shared, own) if x is not None)
@@ -114,22 +116,21 @@ def _check(
         raise RequestError(f"{columns} key features were given; at most {MAX_FEATURES} fit one pass.")
     if (request.diagonal or request.diagonal_last) and not causal:
         raise RequestError("Diagonal sums count distances back from the query; they need causal attention.")
-    return columns
 
 
-def _choose(asked: Implementation, reached: bool, q: Tensor, v: Tensor) -> Implementation:
-    """On CUDA the Triton kernels, where Triton is and heads are not too wide; on a CPU blocks, which cost less there
-    than stock attention with replaced values."""
+def _choose(asked: Implementation, plain: bool, faster: bool, q: Tensor, v: Tensor) -> Implementation:
+    """On CUDA the Triton kernels, where Triton is and heads are not too wide, else identities where they are faster
+    than blocks; on a CPU blocks, which cost less there than stock attention with replaced values."""
     if asked == "auto":
         if q.device.type != "cuda":
             return "blocks"
         if triton_takes(max(q.shape[-1], v.shape[-1]), q.dtype):
             return "triton"
-        return "identities" if reached else "blocks"
-    if asked == "identities" and not reached:
+        return "identities" if faster else "blocks"
+    if asked == "identities" and not plain:
         raise RequestError(
-            "The linear identities reach neither maxima, columns, windows, soft caps nor learned sinks, and in half "
-            "precision no entropy, distance or features; ask for implementation='blocks'."
+            "The identities are those of plain causal attention with a query per key: no windows, soft caps or learned "
+            "sinks (on CUDA, no float64 either); ask for implementation='blocks'."
         )
     return asked
 

@@ -175,9 +175,9 @@ def check_request(
                 "none of their own. Use how='zero', 'mean', 'uniform' or 'to_sink' without positions."
             )
     for statistic in statistics:
-        if statistic.axis == "key" or statistic.key_features is not None or statistic.query_keys is not None:
+        if statistic.axis != "query" or statistic.given:
             raise RequestError(f"{statistic.name!r} is fixed to the keys of a batch; generate() takes row statistics.")
-        if statistic.needs_result_factor:
+        if statistic.needs_result_factor or statistic.of_values is not None:
             raise RequestError(f"{statistic.name!r} is not measured while decoding; trace the finished text instead.")
 
 

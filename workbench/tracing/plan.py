@@ -49,8 +49,8 @@ class Plan:
     def laid_out(self, spec: Spec, batch: Batch) -> Plan:
         """The plan with its values in the shape of this batch; refuses what was made for another."""
         for statistic in self.statistics:
-            for given in (statistic.key_features, statistic.query_keys):
-                if given is not None and given.shape[:2] != batch.ids.shape:
+            for given in statistic.given:
+                if given.shape[:2] != batch.ids.shape:
                     raise RequestError(
                         f"{statistic.name!r} is given for {tuple(given.shape[:2])} prompts and tokens, but the "
                         f"batch has {tuple(batch.ids.shape)}."

@@ -8,7 +8,7 @@ Results are kept in the computer's memory: on another device they do not count t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
@@ -16,10 +16,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from workbench.kernels import Geometry, StatisticsRequest
-from workbench.kernels.blocks import plan_tiles
+from workbench.kernels.blocks import TilePlan, plan_tiles
 from workbench.kernels.dispatch import triton_takes
-from workbench.kernels.identities import identities_reach
-from workbench.kernels.tile import GROUP
+from workbench.kernels.identities import MOST_PAIRS, is_exact, is_faster, is_plain, reached, remainder
+from workbench.kernels.tile import GROUP, Span
 from workbench.models import Attachment, Batch, LayerSpec
 from workbench.models.memory import BodyCost, Mark, Prediction
 from workbench.tracing.plan import Plan
@@ -173,64 +173,96 @@ class Preflight:
     def _store_statistics(self) -> None:
         heads = max(layer.heads for layer in self.spec.layers)
         for statistic in self.plan.statistics:
-            entries = len(self.batch) * self.spec.n_layers * heads * self.batch.ids.shape[1]
+            entries = len(self.batch) * self.spec.n_layers * heads * prod(statistic.shape(self.batch.ids.shape[1]))
             size = entries * (statistic.columns or 1) * (8 if statistic.integer else FLOAT)
             self.forecast.keep(statistic.name, size)
 
-    def _columns(self) -> tuple[int, int]:
-        """How many functions of the key, and keys per query, all statistics together ask for."""
-        features = [s.key_features.shape[-1] for s in self.plan.statistics if s.key_features is not None]
-        slots = [s.query_keys.shape[-1] for s in self.plan.statistics if s.query_keys is not None]
-        return sum(features), sum(slots)
+    def _columns(self, name: str) -> int:
+        """How many columns of one kind all statistics together give."""
+        given = [getattr(statistic, name) for statistic in self.plan.statistics]
+        return sum(int(part.shape[-1]) for part in given if part is not None)
+
+    @property
+    def _functions(self) -> int:
+        """Functions of the values."""
+        return sum(statistic.of_values is not None for statistic in self.plan.statistics)
 
     def _results(self, piece: Piece, shape: LayerSpec) -> int:
         """The kernel's results of one layer, z among them, in float32."""
-        request, (features, slots) = self.plan.request, self._columns()
+        request = self.plan.request
+        given = sum(self._columns(name) for name in ("key_features", "query_keys", "query_weights"))
         per_row = (
             sum([request.lse, request.max_prob, request.entropy, request.distance, request.sink_mass])
             + sum([request.max_logit, request.mean_logit, request.first_logit, request.spread]) + len(request.above)
             + 2 * request.argmax + 3 * request.top_k + len(request.first) + len(request.recent)
-            + len(request.offsets) + features + slots
-            + request.column_sum + request.column_max + len(request.column_last)
+            + len(request.offsets) + given + self._functions
+            + _summed(request)
         )  # fmt: skip
-        return piece.prompts * shape.heads * piece.tokens * (per_row + shape.head_dim) * FLOAT
+        entries = piece.tokens * (per_row + shape.head_dim) + _maps(request, piece.tokens)
+        return piece.prompts * shape.heads * entries * FLOAT
 
     def _statistics(self, piece: Piece, layer: int) -> int:
         """While the kernel runs: what it is given, its results, and its own work."""
-        shape, (features, slots) = self.spec.layers[layer], self._columns()
-        given = piece.prompts * piece.tokens * (features * FLOAT + slots * 8)
+        shape, tokens = self.spec.layers[layer], piece.prompts * piece.tokens
+        weights = self._columns("query_weights")
+        given = tokens * ((self._columns("key_features") + weights) * FLOAT + self._columns("query_keys") * 8)
+        features = self._columns("key_features") + self._functions
+        if self._functions:
+            # One after the other, then side by side.
+            given += tokens * shape.kv_heads * 2 * self._functions * FLOAT
+        request, first = self.plan.request, self.plan.request
+        moved = 0
+        if request.block and bool((piece.batch.starts % request.block != 0).any()):
+            # Blocks in a pass of their own, from each prompt's first token.
+            first = replace(request, block=0)
+            moved = tokens * (shape.heads + 2 * shape.kv_heads) * shape.head_dim * self.element
+            moved += self._work(piece, shape, StatisticsRequest(block=request.block), 0, 0)
+        return given + self._results(piece, shape) + max(self._work(piece, shape, first, features, weights), moved)
+
+    def _work(self, piece: Piece, shape: LayerSpec, request: StatisticsRequest, features: int, weights: int) -> int:
+        """What one call of the kernel takes beside its inputs and results."""
         if self.device == "cuda" and triton_takes(shape.head_dim, self.attachment.dtype):
-            work = self._fused(piece, shape, features)
-        elif self.device == "cuda" and self._reached(piece, shape, features):
-            work = self._identities(piece, shape)
-        else:
-            work = _blocks(piece, shape, self.plan.request, features, self.element, self.device)
-        return given + self._results(piece, shape) + work
+            return self._fused(piece, shape, request, features, weights)
+        if (
+            self.device == "cuda"
+            and self._plain_call(piece, shape)
+            and is_faster(request, self.attachment.dtype, weighted=weights > 0)
+        ):
+            return self._identities(piece, shape, request, features, weights)
+        return _blocks(piece, shape, request, features, weights, self.element, self.device)
 
-    def _reached(self, piece: Piece, shape: LayerSpec, features: int) -> bool:
-        """Whether stock attention with replaced values serves the request."""
+    def _plain_call(self, piece: Piece, shape: LayerSpec) -> bool:
+        """Whether stock operators compute the layer's attention."""
         geometry = Geometry(piece.prompts, piece.tokens, piece.tokens, True, _window(shape, piece))
-        return not shape.sinks and identities_reach(
-            self.plan.request,
-            geometry,
-            self.attachment.dtype,
-            softcap=shape.softcap,
-            sinks=None,
-            features=features > 0,
-        )
+        dtype = self.attachment.dtype
+        return not shape.sinks and is_plain(geometry, dtype, self.device, softcap=shape.softcap, sinks=None)
 
-    def _fused(self, piece: Piece, shape: LayerSpec, features: int) -> int:
+    def _fused(self, piece: Piece, shape: LayerSpec, request: StatisticsRequest, features: int, weights: int) -> int:
         """Beside results: the log-sum-exp and what maxima are read from, lists of top-k as wide as a power of two,
         and functions of the key in two halves."""
-        rows, request = piece.prompts * shape.heads * piece.tokens, self.plan.request
+        rows = piece.prompts * shape.heads * piece.tokens
         wide = 1 << (request.top_k - 1).bit_length() if request.top_k else 0
-        stacked = 2 * len(request.column_last)
+        stacked = 2 * (len(request.column_last) + weights + len(request.column_above))
         return rows * (4 + 3 * wide + stacked) * FLOAT + piece.prompts * piece.tokens * features * 2 * self.element
 
-    def _identities(self, piece: Piece, shape: LayerSpec) -> int:
-        """Keys and values repeated for all heads, an output, and three float32 products for the entropy."""
+    def _identities(
+        self, piece: Piece, shape: LayerSpec, request: StatisticsRequest, features: int, weights: int
+    ) -> int:
+        """Keys and values repeated for all heads, an output, and three float32 products for the entropy; or the three
+        gradients, their repeated inputs and weights, from which columns are read; or blocks, for the remainder."""
+        dtype = self.attachment.dtype
+        served = reached(request, dtype)
         output = piece.prompts * shape.heads * piece.tokens * shape.head_dim
-        return output * (3 * self.element + 4 * FLOAT)
+        wide = served.distance or features > 0 or any(size > MOST_PAIRS for size in served.first)
+        work = output * (3 * self.element + (4 + 3 * wide) * FLOAT)
+        if served.needs_columns or (weights and is_exact(dtype)):
+            work = max(work, output * (3 * self.element + 8 * FLOAT))
+        left, blocked = remainder(request, served), 0 if is_exact(dtype) else features
+        if left != StatisticsRequest() or not is_exact(dtype):
+            # Its results, too, before the two halves are put together.
+            blocks = _blocks(piece, shape, left, blocked, 0 if is_exact(dtype) else weights, self.element, self.device)
+            work = max(work, blocks + self._results(piece, shape))
+        return work
 
     def _readings(self, piece: Piece, layer: int) -> int:
         """While statistics are read off the results: some factor W_O, or make arrays of z's size."""
@@ -257,7 +289,7 @@ class Preflight:
             # The log-sum-exp.
             work = rows * FLOAT
         else:
-            work = _blocks(piece, shape, StatisticsRequest(output=True), 0, self.element, self.device)
+            work = _blocks(piece, shape, StatisticsRequest(output=True), 0, 0, self.element, self.device)
         return rows * shape.head_dim * FLOAT + work
 
     def _logits(self, piece: Piece) -> None:
@@ -282,8 +314,33 @@ def _window(shape: LayerSpec, piece: Piece) -> int | None:
     return shape.window if shape.window is not None and shape.window < piece.tokens else None
 
 
+def _summed(request: StatisticsRequest) -> int:
+    """Numbers for each key or distance, the query that is the first above a probability taking two."""
+    sums = request.column_sum + request.column_max + len(request.column_last) + 2 * len(request.column_above)
+    return sums + request.diagonal + bool(request.diagonal_last)
+
+
+def _maps(request: StatisticsRequest, tokens: int) -> int:
+    """Entries of the two block maps."""
+    return 2 * (-(-tokens // request.block)) ** 2 if request.block else 0
+
+
+def _copied(request: StatisticsRequest, tiles: TilePlan, keys: int, window: int | None) -> int:
+    """Copies of one block, as wide as the keys it sees: turned and then skewed for diagonals, cut to the map for block
+    sums, compared and counted for the first query above a probability."""
+    firsts = range(0, keys, tiles.rows)
+    spans = (Span.of(first, min(first + tiles.rows, keys), keys, keys, True, window).columns for first in firsts)
+    width = max(columns.stop - columns.start for columns in spans)
+    block = tiles.elements // tiles.width * width
+    diagonal = request.diagonal or request.diagonal_last > 0
+    skewed = 2 * block + block // width * tiles.rows if diagonal else 0
+    pooled = block + 2 * block // request.block if request.block else 0
+    compared = block + block // 4 if request.column_above else 0
+    return max(skewed, pooled, compared) * FLOAT
+
+
 def _blocks(
-    piece: Piece, shape: LayerSpec, request: StatisticsRequest, features: int, element: int, device: str
+    piece: Piece, shape: LayerSpec, request: StatisticsRequest, features: int, weights: int, element: int, device: str
 ) -> int:
     """The work of `kernels.blocks`, for the largest group of prompts of one length.
 
@@ -301,13 +358,14 @@ def _blocks(
         tiles = plan_tiles(q_shape, k_shape, window, device)
         padded, lanes = -(-keys // GROUP) * GROUP, count * shape.kv_heads
         width = shape.head_dim + features
-        sums = request.column_sum + request.column_max + len(request.column_last)
-        copies = lanes * (padded * (shape.head_dim + width) + keys * shape.group * sums * (tiles.parts - 1)) * FLOAT
+        shares = shape.group * (keys * (_summed(request) + weights) + _maps(request, keys)) * (tiles.parts - 1)
+        copies = lanes * (padded * (shape.head_dim + width) + shares) * FLOAT
         # While values and features are put side by side, and in half precision made float32.
         joining = lanes * keys * (width + (shape.head_dim if element < FLOAT else 0)) * FLOAT
         # A narrow block is searched as a whole.
         few = request.top_k > 0 and tiles.width // GROUP < 2 * request.top_k
         searched = 0 if few else GROUP * max(request.top_k, int(request.argmax))
         tile = tiles.elements // tiles.width * max(2 * shape.head_dim, width, searched) * FLOAT
+        tile = max(tile, _copied(request, tiles, keys, window))
         most = max(most, copies + max(joining, tiles.workers * (2 * tiles.elements * FLOAT + tile)))
     return most

@@ -1,87 +1,28 @@
 """What to measure of every head while the model runs: functionals of attention, asked for by name.
 
 Each function returns a `Statistic` for `Model.trace(statistics=[...])`. Row statistics come back as
-`[prompt, layer, head, query]`, column statistics as `[prompt, layer, head, key]`; those with several columns
-have one more axis. Destination = query = row, source = key = column. All are exact, need no N x N array, and
+`[prompt, layer, head, query]`, column statistics as `[prompt, layer, head, key]`, diagonals as `[prompt, layer, head,
+distance]`, block maps as `[prompt, layer, head, query_block, key_block]`; those with several columns have one more
+axis. Destination = query = row, source = key = column. All are exact, need no N x N array, and
 accumulate in float32 whatever the model's dtype. Keys are named by their column in the batch, padding counted,
-so that under left padding the first token of a prompt is not key 0.
+so that under left padding the first token of a prompt is not key 0. Distances and blocks count from the prompt's own
+first token on either side of padding, and are NaN where a prompt is too short to have them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.errors import RequestError
-from workbench.kernels import AttentionStatistics, StatisticsRequest
-from workbench.models import AttentionCall
-
-Axis = Literal["query", "key"]
-
-
-class Measured(NamedTuple):
-    """What a statistic is read from: the kernel's results of one layer, the merged request
-    behind them, and the attention call itself.
-
-    `features` and `at_keys` are this statistic's own columns; `result_factor` turns z into vectors of the
-    norm that z W_O has.
-    """
-
-    found: AttentionStatistics
-    request: StatisticsRequest
-    call: AttentionCall
-    features: Tensor | None
-    at_keys: Tensor | None
-    result_factor: Float[Tensor, "head dim dim"] | None
-
-
-@dataclass(frozen=True, eq=False)
-class Statistic:
-    """A functional of attention: its name, what the kernel must compute, and how it is read off.
-
-    `key_features` are functions of the key per prompt, `query_keys` lists of keys per query; both are indexed
-    like the batch that is traced. `integer` results are keys.
-    """
-
-    name: str
-    request: StatisticsRequest
-    read: Callable[[Measured], Tensor]
-    axis: Axis = "query"
-    columns: int | None = None
-    key_features: Float[Tensor, "prompt key column"] | None = None
-    query_keys: Int[Tensor, "prompt query slot"] | None = None
-    needs_result_factor: bool = False
-    integer: bool = False
-
-    def __repr__(self) -> str:
-        return f"<statistic {self.name}>"
-
-
-# What a trace takes: one statistic, or several, of which some come in pairs (`top_k`).
-Statistics = Statistic | Iterable[Statistic | tuple[Statistic, ...]]
-
-
-def _field(name: str) -> Callable[[Measured], Tensor]:
-    def read(measured: Measured) -> Tensor:
-        value: Tensor = getattr(measured.found, name)
-        return value
-
-    return read
-
-
-def _entry(name: str, sizes: str, size: float, dim: int = -1) -> Callable[[Measured], Tensor]:
-    """One entry of a result that holds several sizes, at its place in the merged request."""
-
-    def read(measured: Measured) -> Tensor:
-        value: Tensor = getattr(measured.found, name)
-        return value.select(dim, getattr(measured.request, sizes).index(size))
-
-    return read
+from workbench.kernels import StatisticsRequest
+from workbench.tracing.measured import Measured as Measured
+from workbench.tracing.measured import OfValues, entry, field
+from workbench.tracing.measured import Statistic as Statistic
+from workbench.tracing.measured import Statistics as Statistics
 
 
 def _norm(vectors: Float[Tensor, "*place dim"]) -> Float[Tensor, "*place"]:
@@ -91,43 +32,43 @@ def _norm(vectors: Float[Tensor, "*place dim"]) -> Float[Tensor, "*place"]:
 
 def lse() -> Statistic:
     """Log-sum-exp of the row's logits (nats), a learned sink included."""
-    return Statistic("lse", StatisticsRequest(lse=True), _field("lse"))
+    return Statistic("lse", StatisticsRequest(lse=True), field("lse"))
 
 
 def entropy() -> Statistic:
     """Entropy of the row over real keys (nats)."""
-    return Statistic("entropy", StatisticsRequest(entropy=True), _field("entropy"))
+    return Statistic("entropy", StatisticsRequest(entropy=True), field("entropy"))
 
 
 def max_prob() -> Statistic:
     """The row's largest probability."""
-    return Statistic("max_prob", StatisticsRequest(max_prob=True), _field("max_prob"))
+    return Statistic("max_prob", StatisticsRequest(max_prob=True), field("max_prob"))
 
 
 def max_logit() -> Statistic:
     """The row's largest logit (scaled, soft-capped; nats)."""
-    return Statistic("max_logit", StatisticsRequest(max_logit=True), _field("max_logit"))
+    return Statistic("max_logit", StatisticsRequest(max_logit=True), field("max_logit"))
 
 
 def mean_logit() -> Statistic:
     """Mean logit over the keys that the query sees (nats)."""
-    return Statistic("mean_logit", StatisticsRequest(mean_logit=True), _field("mean_logit"))
+    return Statistic("mean_logit", StatisticsRequest(mean_logit=True), field("mean_logit"))
 
 
 def first_logit() -> Statistic:
     """Logit of the first key that the query sees (nats); less `mean_logit`, it is the sink logit gap."""
-    return Statistic("first_logit", StatisticsRequest(first_logit=True), _field("first_logit"))
+    return Statistic("first_logit", StatisticsRequest(first_logit=True), field("first_logit"))
 
 
 def above(probability: float) -> Statistic:
     """How many keys have more than a probability."""
     request = StatisticsRequest(above=(probability,))
-    return Statistic(f"above_{probability:g}", request, _entry("above", "above", probability))
+    return Statistic(f"above_{probability:g}", request, entry("above", "above", probability))
 
 
 def argmax() -> Statistic:
     """A key with the row's largest probability, as a column of the batch (-1 at padding)."""
-    return Statistic("argmax", StatisticsRequest(argmax=True), _field("argmax"), integer=True)
+    return Statistic("argmax", StatisticsRequest(argmax=True), field("argmax"), integer=True)
 
 
 def top_k(k: int) -> tuple[Statistic, Statistic]:
@@ -151,18 +92,18 @@ def top_k(k: int) -> tuple[Statistic, Statistic]:
 
 def first(size: int) -> Statistic:
     """Mass on the prompt's first `size` tokens; `first(1)` is the mass on position 0."""
-    return Statistic(f"first_{size}", StatisticsRequest(first=(size,)), _entry("first", "first", size))
+    return Statistic(f"first_{size}", StatisticsRequest(first=(size,)), entry("first", "first", size))
 
 
 def recent(size: int) -> Statistic:
     """Mass on the `size` most recent keys, the query's own included."""
-    return Statistic(f"recent_{size}", StatisticsRequest(recent=(size,)), _entry("recent", "recent", size))
+    return Statistic(f"recent_{size}", StatisticsRequest(recent=(size,)), entry("recent", "recent", size))
 
 
 def offset(distance: int) -> Statistic:
     """Mass on the key at a fixed offset: -1 is the previous token, 0 the token itself."""
     request = StatisticsRequest(offsets=(distance,))
-    return Statistic(f"offset_{distance}", request, _entry("offsets", "offsets", distance))
+    return Statistic(f"offset_{distance}", request, entry("offsets", "offsets", distance))
 
 
 def mass(name: str, keys: Bool[Tensor, "prompt key *column"] | Float[Tensor, "prompt key *column"]) -> Statistic:
@@ -199,22 +140,22 @@ def at_keys(name: str, keys: Int[Tensor, "prompt query *slot"]) -> Statistic:
 
 def distance() -> Statistic:
     """Mean distance from the query to what it attends to (tokens)."""
-    return Statistic("distance", StatisticsRequest(distance=True), _field("distance"))
+    return Statistic("distance", StatisticsRequest(distance=True), field("distance"))
 
 
 def spread() -> Statistic:
     """Standard deviation of the distance from the query to what it attends to (tokens), over real keys."""
-    return Statistic("spread", StatisticsRequest(spread=True), _field("spread"))
+    return Statistic("spread", StatisticsRequest(spread=True), field("spread"))
 
 
 def sink_mass() -> Statistic:
     """Probability that goes to a learned sink logit; zero where the model has none."""
-    return Statistic("sink_mass", StatisticsRequest(sink_mass=True), _field("sink_mass"))
+    return Statistic("sink_mass", StatisticsRequest(sink_mass=True), field("sink_mass"))
 
 
 def column_sum() -> Statistic:
     """Sum over queries of the attention that each key receives."""
-    return Statistic("column_sum", StatisticsRequest(column_sum=True), _field("column_sum"), axis="key")
+    return Statistic("column_sum", StatisticsRequest(column_sum=True), field("column_sum"), axis="key")
 
 
 def column_mean() -> Statistic:
@@ -231,13 +172,110 @@ def column_mean() -> Statistic:
 
 def column_last(size: int) -> Statistic:
     """Sum over the last `size` queries of the attention that each key receives."""
-    read = _entry("column_last", "column_last", size, dim=2)
+    read = entry("column_last", "column_last", size, dim=2)
     return Statistic(f"column_last_{size}", StatisticsRequest(column_last=(size,)), read, axis="key")
 
 
 def column_max() -> Statistic:
     """The largest probability that any query gives to each key."""
-    return Statistic("column_max", StatisticsRequest(column_max=True), _field("column_max"), axis="key")
+    return Statistic("column_max", StatisticsRequest(column_max=True), field("column_max"), axis="key")
+
+
+def column_above(probability: float) -> Statistic:
+    """The first query that gives each key more than a probability, as a column of the batch (-1 where none does)."""
+    request = StatisticsRequest(column_above=(probability,))
+    read = entry("column_above", "column_above", probability, dim=2)
+    return Statistic(f"column_above_{probability:g}", request, read, axis="key", integer=True)
+
+
+def column_weighted(
+    name: str, weights: Bool[Tensor, "prompt query *column"] | Float[Tensor, "prompt query *column"]
+) -> Statistic:
+    """Weighted sum over queries of the attention that each key receives: a span of queries as a boolean mask, or
+    several columns of weights (one result each)."""
+    if weights.ndim not in (2, 3):
+        raise RequestError(
+            f"column_weighted({name!r}): weights of shape {tuple(weights.shape)}; give [prompt, query] or "
+            "[prompt, query, column]."
+        )
+    given = (weights[..., None] if weights.ndim == 2 else weights).float()
+    if not given.isfinite().all():
+        raise RequestError(f"column_weighted({name!r}): some weights are NaN or infinite; give 0 to leave a query out.")
+
+    def read(measured: Measured) -> Tensor:
+        assert measured.weighted is not None
+        return measured.weighted[..., 0] if weights.ndim == 2 else measured.weighted
+
+    columns = None if weights.ndim == 2 else weights.shape[-1]
+    return Statistic(name, StatisticsRequest(), read, axis="key", columns=columns, query_weights=given)
+
+
+def diagonal() -> Statistic:
+    """Sum over queries of the mass at each distance back from the query (0 is the token itself).
+
+    Axis "distance"; NaN from a prompt's length on. Beyond a window it is zero.
+    """
+    return Statistic("diagonal", StatisticsRequest(diagonal=True), field("diagonal"), axis="distance")
+
+
+def diagonal_last(size: int) -> Statistic:
+    """The same over a prompt's last `size` queries; one size a trace."""
+    if size < 1:
+        raise RequestError(f"diagonal_last({size}): ask for 1 query or more.")
+    request = StatisticsRequest(diagonal_last=size)
+    return Statistic(f"diagonal_last_{size}", request, field("diagonal_last"), axis="distance")
+
+
+def block_sum(size: int) -> Statistic:
+    """Attention summed over blocks of `size` x `size` entries (a power of two, 16 to 1024; one size a trace).
+
+    Axes "query_block" and "key_block", counted from the prompt's first token: zero above the diagonal, NaN beyond the
+    prompt. Left padding of another size than whole blocks costs a pass of its own.
+    """
+    return _blocks("block_sum", size)
+
+
+def block_max(size: int) -> Statistic:
+    """The largest probability in each block of `size` x `size` entries; blocks as in `block_sum`."""
+    return _blocks("block_max", size)
+
+
+def _blocks(name: str, size: int) -> Statistic:
+    if size < 1:
+        raise RequestError(f"{name}({size}): a block has 16 tokens or more.")
+    return Statistic(f"{name}_{size}", StatisticsRequest(block=size), field(name), axis="block")
+
+
+def value_mass(name: str, of: OfValues | Sequence[Float[Tensor, "head dim"]] | Tensor | None = None) -> Statistic:
+    """Attention-weighted sum of a number that each value vector has; by default its Euclidean norm.
+
+    `of` is a function from value vectors `[prompt, kv_head, key, dim]` (float32) to `[prompt, kv_head, key]`, or one
+    direction per layer and query head, `[layer, head, dim]`: then it is the sum of v.u, which is z.u (and, in half
+    precision, as exact as z is).
+    """
+    if of is None:
+        of = _norm
+    if not callable(of):
+        return _along(name, list(of))
+
+    def read(measured: Measured) -> Tensor:
+        assert measured.of_values is not None
+        return measured.of_values[..., 0]
+
+    return Statistic(name, StatisticsRequest(), read, of_values=of)
+
+
+def _along(name: str, directions: Sequence[Tensor]) -> Statistic:
+    def read(measured: Measured) -> Tensor:
+        z, layer = measured.found.output, measured.call.layer
+        assert z is not None
+        shape = (z.shape[1], z.shape[-1])
+        if layer >= len(directions) or tuple(directions[layer].shape) != shape:
+            got = tuple(directions[layer].shape) if layer < len(directions) else "none"
+            raise RequestError(f"{name!r}: directions of layer {layer} are {got}; give [head, dim], {shape}.")
+        return torch.einsum("b h q d, h d -> b h q", z.float(), directions[layer].to(z.device, torch.float32))
+
+    return Statistic(name, StatisticsRequest(output=True), read)
 
 
 def value_norm() -> Statistic:

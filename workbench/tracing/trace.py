@@ -30,10 +30,11 @@ LOSS_ROWS = 512
 class Trace:
     """The results of `Model.trace`, on the CPU.
 
-    `trace["entropy"]` is `[prompt, layer, head, query]` (`[..., key]` for column statistics), float32, NaN at
-    padding and where a layer has fewer heads than others (keys: int64, -1). `logits` are `[prompt, kept, vocab]`
-    at `logit_positions`, without meaning at padding; `loss` is nats per token, `[prompt, token - 1]`, entry t for
-    the token at t + 1. Sites hold what the model has there, in its own dtype, also at padding.
+    `trace["entropy"]` is `[prompt, layer, head, query]` (`[..., key]` for column statistics, `[..., distance]` for
+    diagonals, `[..., query_block, key_block]` for block maps), float32, NaN at padding and where a layer has fewer
+    heads than others (keys and queries: int64, -1). `logits` are `[prompt, kept, vocab]` at `logit_positions`,
+    without meaning at padding; `loss` is nats per token, `[prompt, token - 1]`, entry t for the token at t + 1. Sites
+    hold what the model has there, in its own dtype, also at padding.
     """
 
     batch: Batch
@@ -87,6 +88,9 @@ class Trace:
         values = self[name]
         if self.statistics[name].integer:
             raise RequestError(f"{name!r} holds keys, which have no mean.")
+        if self.statistics[name].axis not in ("query", "key"):
+            axes = " and ".join(self.statistics[name].axes)
+            raise RequestError(f"{name!r} has no positions to take a mean over; its axes are {axes}. Read trace[name].")
         chosen = ~values.isnan()
         if rows is not None:
             narrowed = rows[:, None, None, :].to(torch.bool)
@@ -99,8 +103,8 @@ class Trace:
 
         variables = {}
         for name, value in self.values.items():
-            dims = ["prompt", "layer", "head", self.statistics[name].axis]
-            variables[name] = (dims + [f"{name}_column"] * (value.ndim - 4), value.numpy())
+            dims = ["prompt", "layer", "head", *self.statistics[name].axes]
+            variables[name] = (dims + [f"{name}_column"] * (value.ndim - len(dims)), value.numpy())
         return xr.Dataset(variables)
 
 
@@ -136,13 +140,14 @@ class Collector:
         """One layer of a piece, and the mark of nothing where it has no heads or tokens."""
         statistic, batch = self.trace.statistics[name], self.trace.batch
         if name not in self.trace.values:
-            shape = (len(batch), self.trace.spec.n_layers, self._heads, batch.ids.shape[1], *value.shape[3:])
+            axes = statistic.shape(batch.ids.shape[1])
+            shape = (len(batch), self.trace.spec.n_layers, self._heads, *axes, *value.shape[2 + len(axes) :])
             self.trace.values[name] = torch.empty(shape, dtype=torch.int64 if statistic.integer else torch.float32)
-        nothing = -1 if statistic.integer else float("nan")
         where = self.trace.values[name][rows, layer]
-        heads, tokens = value.shape[1:3]
-        where[:, :heads, :tokens] = value
-        where[:, heads:], where[:, :heads, tokens:] = nothing, nothing
+        inside = tuple(slice(0, size) for size in value.shape[1:])
+        if where[(slice(None), *inside)].shape != where.shape:
+            where.fill_(-1 if statistic.integer else float("nan"))
+        where[(slice(None), *inside)] = value
 
     def site(self, site: Site, layer: int, value: Tensor) -> None:
         batch, key = self.trace.batch, (site, layer)
@@ -179,8 +184,10 @@ class Collector:
         self._settle(0)
         trace, mask = self.trace, self.trace.batch.mask.cpu()
         for name, value in trace.values.items() if not mask.all() else ():
-            padding = ~mask[:, None, None, :].expand(value.shape[:4])
-            value[padding] = -1 if trace.statistics[name].integer else float("nan")
+            statistic = trace.statistics[name]
+            real = statistic.real(trace.batch)
+            padding = ~real[:, None, None].expand(*value.shape[:3], *real.shape[1:])
+            value[padding] = -1 if statistic.integer else float("nan")
         if trace.loss is not None:
             trace.loss[~(mask[:, 1:] & mask[:, :-1])] = float("nan")
         return trace

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from workbench.models import Attachment, AttentionCall
 from workbench.models.architectures import output_weight, rewritten, written
 from workbench.tracing.edits import Patch, apply_ablation, masked
+from workbench.tracing.measured import measure
 from workbench.tracing.plan import Plan
 from workbench.tracing.sites import Site
-from workbench.tracing.statistics import Measured
 
 StatisticSink = Callable[[str, int, Tensor], None]
 SiteSink = Callable[[Site, int, Tensor], None]
@@ -83,35 +83,12 @@ class Watch:
     def _measure(self, call: AttentionCall) -> Tensor:
         """All statistics of one layer in one pass, whose output is the model's z."""
         statistics, request = self.plan.statistics, replace(self.plan.request, output=True)
-        features = [s.key_features for s in statistics if s.key_features is not None]
-        slots = [s.query_keys for s in statistics if s.query_keys is not None]
-        found = call.statistics(
-            request,
-            key_features=self._cut(features, call),
-            query_keys=None if not slots else self._cut(slots, call),
-        )
         factor = self._result_factor(call.layer) if any(s.needs_result_factor for s in statistics) else None
-        feature = slot = 0
-        for statistic in statistics:
-            wide = 0 if statistic.key_features is None else statistic.key_features.shape[-1]
-            many = 0 if statistic.query_keys is None else statistic.query_keys.shape[-1]
-            measured = Measured(
-                found,
-                request,
-                call,
-                _columns(found.features, feature, wide),
-                _columns(found.at_keys, slot, many),
-                factor,
-            )
-            feature, slot = feature + wide, slot + many
+        found, parts = measure(statistics, request, call, self.rows, self.tokens, factor)
+        for statistic, measured in zip(statistics, parts, strict=True):
             self.put_statistic(statistic.name, call.layer, statistic.read(measured))
         assert found.output is not None
         return found.output.to(call.q.dtype)
-
-    def _cut(self, parts: list[Tensor], call: AttentionCall) -> Tensor | None:
-        if not parts:
-            return None
-        return torch.cat([part[self.rows, : self.tokens] for part in parts], dim=-1).to(call.q.device)
 
     def _result_factor(self, layer: int) -> Float[Tensor, "head dim dim"]:
         """R of W_O^T = Q R per head: |z W_O| = |R z|, from d x d numbers instead of d x d_model."""
@@ -213,7 +190,3 @@ class Watch:
             return output + (patched - result).sum(2).reshape(output.shape)
 
         return hook
-
-
-def _columns(found: Tensor | None, first: int, count: int) -> Tensor | None:
-    return None if found is None or not count else found[..., first : first + count]
