@@ -41,6 +41,9 @@ def close(found, truth) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    "subject", ["llama", "mistral", "gemma2", "gemma3", "gpt_oss", "gpt2", "opt", "qwen3_moe"], indirect=True
+)
 def test_drafts_right_wrong_and_missing_change_nothing(subject, monkeypatch):
     # So few tokens at a time that prompts are cut.
     monkeypatch.setattr(continuations, "CHUNK", 3)

@@ -96,15 +96,20 @@ def _sentences(tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator, wan
     """Distinct sentences that JSON writes as they are, in random order."""
     found: dict[str, None] = {}
     pieces = [piece for document in corpus.prose_documents() for piece in document.pieces]
-    for at in rng.permutation(len(pieces)):
-        piece, start = pieces[at], 0
-        for end in corpus.sentence_ends(piece):
-            sentence, start = piece[start:end].strip(), end
+    left = [pieces[at] for at in rng.permutation(len(pieces))]
+    # Paragraphs in turn, a sentence of each: neighbours begin alike too often.
+    while left:
+        later = []
+        for piece in left:
+            end = next(iter(corpus.sentence_ends(piece)), len(piece))
+            sentence, rest = piece[:end].strip(), piece[end:].strip()
             plain = sentence[:1].isupper() and json.dumps(sentence) == f'"{sentence}"'
             if plain and SHORTEST_VALUE <= len(encode(tokenizer, sentence).ids) <= LONGEST_VALUE:
                 found[sentence] = None
                 if len(found) == wanted:
                     return list(found)
+            later += [rest] if rest else []
+        left = later
     raise RequestError(
         f"The prose holds {len(found)} sentences of {SHORTEST_VALUE} to {LONGEST_VALUE} tokens, and {wanted} are "
         "needed; ask for fewer prompts or pairs."
@@ -125,7 +130,7 @@ def _sample(
     prompt = frame.turn(words + (question.rstrip("\n") if frame.chat else question))
     whole = encode(tokenizer, prompt + values[asked])
     answer_at, context_at = len(prompt), prompt.index(context)
-    source_at = context_at + context.index(values[asked])
+    source_at = context_at + context.index(json.dumps(values[asked])) + 1
     spans = {
         "context": whole.tokens_in(context_at, context_at + len(context)),
         "needle": whole.tokens_in(source_at, source_at + len(values[asked])),
