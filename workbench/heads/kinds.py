@@ -7,10 +7,18 @@ from typing import Any
 
 from workbench.errors import RequestError
 from workbench.heads.answers import written_answers
+from workbench.heads.causal import CAUSAL, GATING
 from workbench.heads.detector import Detector, Kind, Progress
+from workbench.heads.detectors.chunks import CHUNKS
+from workbench.heads.detectors.documents import DOCUMENTS
 from workbench.heads.detectors.evaluators import EVALUATORS
+from workbench.heads.detectors.gates import GATES
 from workbench.heads.detectors.given import json_objects, reasoning_needles, run_given
+from workbench.heads.detectors.influence import run_influence
+from workbench.heads.detectors.layers import run_selections
 from workbench.heads.detectors.names import NAMED
+from workbench.heads.detectors.one_hop import ONE_HOP
+from workbench.heads.detectors.patching import PATCHING
 from workbench.heads.detectors.successor import SUCCESSION
 from workbench.heads.plain import one_token_prompts, random_prompts
 from workbench.heads.repeats import random_repeats
@@ -105,11 +113,20 @@ KINDS: dict[str, Kind] = {
         Kind("repeated", "repeated random tokens", _repeats, run_traced, traced=True),
         Kind("needle", "a needle in a haystack, the answer given", _needles, run_traced, traced=True),
         Kind("needle_greedy", "a needle in a haystack, the answer decoded", _greedy_needles, _run_greedy),
+        Kind("needle_layers", "a needle in a haystack, layer by layer", _greedy_needles, run_selections),
+        Kind("needle_influence", "a needle in a haystack, with gradients", _greedy_needles, run_influence),
         WEIGHTS,
         SUCCESSION,
         NAMED,
         EVALUATORS,
         Kind("needle_reasoning", "needles of two facts, the answer given", _reasoning, _run_given),
         Kind("json", "a value of a JSON object, the value given", _json, _run_given),
+        CAUSAL,
+        GATING,
+        DOCUMENTS,
+        ONE_HOP,
+        CHUNKS,
+        PATCHING,
+        GATES,
     )
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -32,6 +32,7 @@ class Settings:
     json_pairs: int = 5
     long_prompts: int = 4
     long_length: int = 512
+    selected_keys: int = 16
     name_prompts: int = 12
     evaluator_prompts: int = 10
     evaluator_length: int = 25
@@ -43,6 +44,28 @@ class Settings:
     causal_length: int = 10
     gating_steps: int = 60
     gating_masks: int = 4
+    document_prompts: int = 8
+    documents: int = 4
+    one_hop_prompts: int = 8
+    one_hop_length: int = 192
+    patching_prompts: int = 3
+    patching_length: int = 160
+    chunk_prompts: int = 3
+    chunk_prompt_length: int = 512
+    chunk_length: int = 32
+    chunks_selected: int = 4
+    gate_prompts: int = 16
+    gate_length: int = 256
+    gate_steps: int = 60
+    gate_sinks: int = 4
+    gate_recent: int = 32
+
+    def at_length(self, tokens: int) -> Settings:
+        """The same with texts, repeated sequences and needle prompts of so many tokens."""
+        return replace(
+            self, text_length=tokens, repeat_length=tokens // self.repeat_copies, needle_lengths=(tokens,),
+            greedy_lengths=(tokens,),
+        )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
