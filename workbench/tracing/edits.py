@@ -1,6 +1,6 @@
 """Changes to a running model, at the same sites where it is read.
 
-`ablate` replaces the output z of chosen heads; `patch` puts a given value at a site. The five ways to ablate
+`ablate` replaces the output z of chosen heads; `patch` puts a given value at a site. The eight ways to ablate
 are different experiments and are never mixed up (names as in the literature's own vocabulary):
 
 | how | z of the head becomes | also known as |
@@ -10,8 +10,13 @@ are different experiments and are never mixed up (names as in the literature's o
 | `resample` | its z on another prompt | resample ablation |
 | `uniform` | the mean of the visible values | Q-zero, logit-zero, uniform mask |
 | `to_sink` | the value of the first visible token | attend-to-BOS |
+| `q_mean` | what its mean query over reference prompts attends to | Q-mean (LOCOS "mean") |
+| `frozen_zero` | 0, all patterns of all heads kept as in the clean run | pattern-preserving zero (Olsson et al.) |
+| `streaming` | what it reads in the first and the latest tokens alone | sink + recent mask, streaming head |
 
 Where the softmax has a learned sink, `uniform` leaves it nothing; with a q of zero it would keep its share.
+The mean query is taken before rotation and turned to each position; patterns are kept by keeping q and k of every
+later layer, so that what a head removes reaches later layers through their values alone.
 """
 
 from __future__ import annotations
@@ -26,10 +31,15 @@ from torch import Tensor
 
 from workbench.errors import HeadError, RequestError
 from workbench.models import AttentionCall, Batch, Head, Spec
+from workbench.tracing.rotation import Rotation, one_head
 from workbench.tracing.sites import Site, check_exists, check_layer, head_axis, parse_site, site_shape
+from workbench.tracing.streaming import streamed_output
 
-How = Literal["zero", "mean", "resample", "uniform", "to_sink"]
+How = Literal["zero", "mean", "resample", "uniform", "to_sink", "q_mean", "frozen_zero", "streaming"]
 HOWS: tuple[How, ...] = get_args(How)
+# Tokens that a streaming head keeps unless told otherwise: StreamingLLM's sinks, and fewer recent ones than the
+# distances over which short probes ask for retrieval.
+SINKS, RECENT = 4, 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +48,9 @@ class Ablation:
 
     `values` are per head: `[dim]`, `[token, dim]` or `[prompt, token, dim]`, for `mean` and `resample`; or
     they are made from `reference` prompts when the trace starts. `resample` takes what stands in the same
-    column of the reference, prompt by prompt (of its one prompt, if it has one).
+    column of the reference, prompt by prompt (of its one prompt, if it has one). For `q_mean` they are mean queries
+    before rotation. `frozen` holds each layer's clean q and k for `frozen_zero`, made when the trace starts;
+    `sinks` and `recent` are how many tokens `streaming` leaves.
     """
 
     heads: tuple[Head, ...]
@@ -46,15 +58,23 @@ class Ablation:
     positions: Bool[Tensor, "prompt token"] | None = None
     values: Mapping[Head, Tensor] | None = None
     reference: Batch | None = None
+    sinks: int = SINKS
+    recent: int = RECENT
+    frozen: Mapping[int, tuple[Tensor, Tensor]] | None = None
 
     @property
     def takes_values(self) -> bool:
-        return self.how in ("mean", "resample")
+        return self.how in ("mean", "resample", "q_mean")
 
     @property
     def unresolved(self) -> bool:
-        """Whether reference prompts are still to be run."""
-        return self.takes_values and self.values is None
+        """Whether reference prompts, or the clean prompts, are still to be run."""
+        return (self.takes_values and self.values is None) or (self.how == "frozen_zero" and self.frozen is None)
+
+    @property
+    def layers(self) -> set[int]:
+        """Layers in which something changes."""
+        return {head.layer for head in self.heads} | set(self.frozen or ())
 
     def in_layer(self, layer: int) -> list[Head]:
         return [head for head in self.heads if head.layer == layer]
@@ -141,14 +161,22 @@ def ablate(
     positions: Bool[Tensor, "prompt token"] | None = None,
     values: Mapping[Head, Tensor] | None = None,
     reference: Batch | None = None,
+    sinks: int = SINKS,
+    recent: int = RECENT,
 ) -> Ablation:
-    """Ablate heads (`"L5H3"` or `Head(5, 3)`); `mean` and `resample` need `values` or `reference` prompts."""
+    """Ablate heads (`"L5H3"` or `Head(5, 3)`).
+
+    `mean`, `resample` and `q_mean` need `values` or `reference` prompts; `streaming` leaves the first `sinks` tokens
+    and the last `recent`, the query's own among them.
+    """
     heads = [heads] if isinstance(heads, str) else heads
     chosen = tuple(dict.fromkeys(Head.parse(head) if isinstance(head, str) else Head(*head) for head in heads))
     if how not in HOWS:
         raise RequestError(f"how={how!r} is no ablation; choose one of {', '.join(HOWS)}.")
-    made = Ablation(chosen, how, positions, values, reference)
-    if made.unresolved and reference is None:
+    if sinks < 0 or recent < 1:
+        raise RequestError(f"sinks={sinks}, recent={recent}: a streaming head sees at least its own token (recent=1).")
+    made = Ablation(chosen, how, positions, values, reference, sinks, recent)
+    if made.takes_values and made.unresolved and reference is None:
         raise RequestError(f"ablate(how={how!r}) needs reference prompts: pass reference=model.batch([...]).")
     return made
 
@@ -193,31 +221,57 @@ def _expanded(value: Tensor, shape: tuple[int, ...], given: Tensor, what: str) -
 
 
 def apply_ablation(
-    z: Float[Tensor, "batch head query dim"], call: AttentionCall, edit: Ablation, rows: slice
+    z: Float[Tensor, "batch head query dim"],
+    call: AttentionCall,
+    edit: Ablation,
+    rows: slice,
+    rotation: Rotation,
+    first: Tensor | None = None,
 ) -> Tensor:
-    """z with the ablated heads of this layer replaced; `rows` are this piece's prompts in the batch."""
+    """z with the ablated heads of this layer replaced; `rows` are this piece's prompts in the batch.
+
+    While decoding, `first` is the column of each prompt's first token among the keys of the call.
+    """
     heads = edit.in_layer(call.layer)
     if not heads:
         return z
     z = z.clone()
     for head in heads:
-        value = _replacement(z[:, head.head], call, edit, head, rows)
+        value = _replacement(z[:, head.head], call, edit, head, rows, rotation, first)
         z[:, head.head] = masked(z[:, head.head], value.to(z.dtype), edit.positions, rows)
     return z
 
 
-def _replacement(z: Tensor, call: AttentionCall, edit: Ablation, head: Head, rows: slice) -> Tensor:
-    if edit.how == "zero":
+def _replacement(
+    z: Tensor, call: AttentionCall, edit: Ablation, head: Head, rows: slice, rotation: Rotation, first: Tensor | None
+) -> Tensor:
+    if edit.how in ("zero", "frozen_zero"):
         return torch.zeros_like(z)
     group = call.q.shape[1] // call.k.shape[1]
     if edit.how == "uniform":
         return uniform_output(call, head.head // group)
     if edit.how == "to_sink":
         return first_visible_value(call, head.head // group)
+    if edit.how == "streaming":
+        return streamed_output(call, head.head, edit.sinks, edit.recent, first)
     assert edit.values is not None
     value = edit.values[head]
     # One vector while decoding; in a trace, laid out on the batch.
-    return (value if value.ndim == 1 else value[rows, : z.shape[1]]).to(z).expand_as(z)
+    value = (value if value.ndim == 1 else value[rows, : z.shape[1]]).to(z).expand_as(z)
+    if edit.how == "q_mean":
+        return one_head(call, head.head, rotation.forth(call.layer, value[:, None])[:, 0])
+    return value
+
+
+def frozen_call(call: AttentionCall, edit: Ablation, rows: slice) -> AttentionCall:
+    """The call with the clean run's q and k, where the edit keeps this layer's patterns."""
+    if edit.frozen is None or call.layer not in edit.frozen:
+        return call
+    q, k = (
+        site[rows, : call.q.shape[2]].transpose(1, 2).to(given)
+        for site, given in zip(edit.frozen[call.layer], (call.q, call.k), strict=True)
+    )
+    return replace(call, q=q, k=k)
 
 
 def uniform_output(call: AttentionCall, kv_head: int) -> Float[Tensor, "batch query dim"]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,10 +20,15 @@ from workbench.errors import RequestError
 from workbench.kernels import StatisticsRequest
 from workbench.models import AttentionCall, Batch, Spec
 from workbench.tracing.edits import Ablation, Edit, apply_ablation
+from workbench.tracing.rotation import Rotation
 from workbench.tracing.statistics import Measured, Statistic
 
 if TYPE_CHECKING:
     from workbench.tracing.model import Model
+
+# Where ablations act: while the prompt is read (which emits the first token), in the steps after, or in both.
+Phase = Literal["both", "prefill", "decode"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 @dataclass(repr=False)
@@ -54,17 +59,23 @@ def generate(
     edits: Sequence[Edit],
     statistics: Sequence[Statistic],
     stop_ids: Iterable[int] | None,
+    phase: Phase = "both",
 ) -> Generation:
-    """Greedy continuation; ablations act in prefill and decoding alike, at every position."""
+    """Greedy continuation; ablations act at every position of a phase.
+
+    "prefill" is the pass over the prompt, which emits the first new token; "decode" all steps after it (Wu et al. 2024
+    mask retrieval heads there alone), and "both", the default, is both.
+    """
     ablations = [edit for edit in edits if isinstance(edit, Ablation)]
     batch = _left_padded(batch).to(model.device)
-    reader = _Reader(ablations, statistics, batch)
+    reader = _Reader(ablations, statistics, batch, Rotation(model.attachment), phase)
+    turned = {head.layer for edit in ablations if edit.how == "q_mean" for head in edit.heads}
     stops = stop_tokens(model) if stop_ids is None else set(stop_ids)
     hf_model, cache = model.attachment.hf_model, None
     ids, mask, positions = batch.ids, batch.mask, batch.positions
     done = torch.zeros(len(batch), dtype=torch.bool, device=model.device)
     steps: list[Tensor] = []
-    with model.attachment.observe(reader.attention):
+    with model.attachment.observe(reader.attention), reader.rotation.noting(turned):
         for _ in range(max_new_tokens):
             reader.columns = mask.shape[1]
             output = hf_model(
@@ -92,16 +103,26 @@ def generate(
 class _Reader:
     """The observer while decoding: edits every call, measures its last row."""
 
-    def __init__(self, ablations: Sequence[Ablation], statistics: Sequence[Statistic], batch: Batch) -> None:
+    def __init__(
+        self,
+        ablations: Sequence[Ablation],
+        statistics: Sequence[Statistic],
+        batch: Batch,
+        rotation: Rotation,
+        phase: Phase,
+    ) -> None:
         self.ablations, self.statistics, self.batch = ablations, statistics, batch
+        self.rotation, self.phase = rotation, phase
         self.columns = 0
         self._step: dict[str, list[Tensor]] = {}
         self._steps: dict[str, list[Tensor]] = {}
 
     def attention(self, call: AttentionCall) -> Tensor:
         z = call.output()
-        for ablation in self.ablations:
-            z = apply_ablation(z, call, ablation, slice(0, len(self.batch)))
+        now: Phase = "prefill" if self.columns == self.batch.ids.shape[1] else "decode"
+        for ablation in self.ablations if self.phase in ("both", now) else ():
+            first = self.batch.starts - (self.columns - call.k.shape[2])
+            z = apply_ablation(z, call, ablation, slice(0, len(self.batch)), self.rotation, first)
         if self.statistics:
             self._measure(call.last_query())
         return z
@@ -153,9 +174,16 @@ def _first_keys(shift: Tensor, keys: int, sizes: Sequence[int]) -> Float[Tensor,
 
 
 def check_request(
-    spec: Spec, batch: Batch, max_new_tokens: int, edits: Sequence[Edit], statistics: Sequence[Statistic]
+    spec: Spec,
+    batch: Batch,
+    max_new_tokens: int,
+    edits: Sequence[Edit],
+    statistics: Sequence[Statistic],
+    phase: Phase = "both",
 ) -> None:
     """Refuse what cannot be done while decoding, before anything runs."""
+    if phase not in PHASES:
+        raise RequestError(f"phase={phase!r} is no phase of decoding; choose one of {', '.join(PHASES)}.")
     if max_new_tokens < 1:
         raise RequestError(f"max_new_tokens = {max_new_tokens}: ask for 1 or more.")
     # The last new token is never fed back.
@@ -169,10 +197,11 @@ def check_request(
             raise RequestError("generate() takes ablations; patches belong to one forward pass (trace).")
         edit.check(spec)
         fixed = edit.values is not None and any(value.ndim > 1 for value in edit.values.values())
-        if fixed or edit.how == "resample" or edit.positions is not None:
+        if fixed or edit.how in ("resample", "frozen_zero") or edit.positions is not None:
             raise RequestError(
                 f"generate() cannot ablate with how={edit.how!r} and these values or positions: new tokens have "
-                "none of their own. Use how='zero', 'mean', 'uniform' or 'to_sink' without positions."
+                "none of their own. Use how='zero', 'mean', 'uniform', 'to_sink', 'q_mean' or 'streaming' without "
+                "positions."
             )
     for statistic in statistics:
         if statistic.axis != "query" or statistic.given:

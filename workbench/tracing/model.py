@@ -19,6 +19,7 @@ from workbench.models.memory import BodyCost, Prediction, free_memory, measure_b
 from workbench.tracing.edits import Ablation, Edit, listed
 from workbench.tracing.plan import Plan, refuse_large_patterns
 from workbench.tracing.preflight import Piece, Preflight
+from workbench.tracing.rotation import mean_queries
 from workbench.tracing.statistics import Statistic, Statistics
 from workbench.tracing.trace import Collector, Trace
 from workbench.tracing.watch import Watch
@@ -159,14 +160,15 @@ class Model:
         edits: Edit | Sequence[Edit] = (),
         statistics: Statistics = (),
         stop_ids: Iterable[int] | None = None,
+        phase: str = "both",
     ) -> Any:
         """Continue prompts greedily; see `workbench.tracing.generate.generate`."""
         from workbench.tracing.generate import check_request, generate
 
         batch, wanted, edits = self._checked(self.batch(prompts)), _flatten(statistics), listed(edits)
-        check_request(self.spec, batch, max_new_tokens, edits, wanted)
+        check_request(self.spec, batch, max_new_tokens, edits, wanted, phase)  # type: ignore[arg-type]
         self._tell_of_length(int(batch.lengths.max()) + max_new_tokens - 1)
-        return generate(self, batch, max_new_tokens, self._resolved(edits, batch), wanted, stop_ids)
+        return generate(self, batch, max_new_tokens, self._resolved(edits, batch), wanted, stop_ids, phase)  # type: ignore[arg-type]
 
     def _checked(self, batch: Batch) -> Batch:
         low, high = int(batch.ids[batch.mask].min()), int(batch.ids[batch.mask].max())
@@ -193,17 +195,38 @@ class Model:
         """Edits with their reference prompts run, so that the plan holds values only."""
         resolved: list[Edit] = []
         for edit in edits:
-            if isinstance(edit, Ablation) and edit.unresolved:
+            if isinstance(edit, Ablation) and edit.how == "frozen_zero" and edit.unresolved:
+                edit.check(self.spec)
+                edit = replace(edit, frozen=self._clean_keys(batch, min(head.layer for head in edit.heads)))
+            elif isinstance(edit, Ablation) and edit.unresolved:
                 assert edit.reference is not None
                 edit.check(self.spec)
-                if edit.how == "resample":
-                    _check_reference(edit.reference, batch)
-                values = self.head_outputs(edit.reference, edit.heads, mean=edit.how == "mean")
-                edit = replace(edit, values=values)
+                edit = replace(edit, values=self._values(edit, edit.reference, batch))
             resolved.append(edit)
         return resolved
 
-    def _pieces(self, batch: Batch, tokens_at_once: int | None) -> Iterator[tuple[slice, Batch]]:
+    def _values(self, edit: Ablation, reference: Batch, batch: Batch) -> dict[Head, Tensor]:
+        """What the edit puts in place, from its reference prompts."""
+        if edit.how == "q_mean":
+            return mean_queries(self, self._checked(self.batch(reference)), edit.heads)
+        if edit.how == "resample":
+            _check_reference(reference, batch)
+        return self.head_outputs(reference, edit.heads, mean=edit.how == "mean")
+
+    def _clean_keys(self, batch: Batch, first: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """q and k of the unedited run, in all layers after `first`: they fix every pattern without storing one."""
+        layers = range(first + 1, self.spec.n_layers)
+        if not layers:
+            return {}
+        names = [f"blocks.{layer}.attn.hook_{self._rotated}{name}" for layer in layers for name in "qk"]
+        found = self.trace(batch, sites=names)
+        return {layer: (found.site("q", layer), found.site("k", layer)) for layer in layers}
+
+    @property
+    def _rotated(self) -> str:
+        return "rot_" if self.spec.rotary else ""
+
+    def pieces(self, batch: Batch, tokens_at_once: int | None = None) -> Iterator[tuple[slice, Batch]]:
         """Consecutive prompts, cut to the longest among them on the right."""
         if tokens_at_once is not None and tokens_at_once < 1:
             raise RequestError(f"tokens_at_once = {tokens_at_once}: a trace takes at least 1 token at a time.")
@@ -237,7 +260,7 @@ class Model:
         if any(isinstance(edit, Ablation) and edit.unresolved for edit in edits):
             plan = Plan.compile(self.spec, plan.statistics, sites, self._resolved(edits, batch))
         plan = plan.laid_out(self.spec, batch)
-        return _Job(batch, plan, list(self._pieces(batch, tokens_at_once)), wanted, loss)
+        return _Job(batch, plan, list(self.pieces(batch, tokens_at_once)), wanted, loss)
 
     def _predict(self, job: _Job) -> Prediction:
         if self._cost is None:

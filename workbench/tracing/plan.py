@@ -68,6 +68,21 @@ class Plan:
     def patches_at(self, layer: int, *sites: Site) -> list[Patch]:
         return [patch for patch in self.patches if patch.layer == layer and patch.site in sites]
 
+    @property
+    def turned_layers(self) -> set[int]:
+        """Layers whose rotation an ablation needs."""
+        return {head.layer for edit in self.ablations if edit.how == "q_mean" for head in edit.heads}
+
+    @property
+    def first_layer(self) -> int:
+        """The first layer that has to run: before it nothing is read or changed, and what enters it is given."""
+        given = [p.layer for p in self.patches if p.site == "resid_pre" and p.positions is None]
+        if self.statistics or not given:
+            return 0
+        touched = {layer for _, layer in self.sites} | {patch.layer for patch in self.patches}
+        touched |= {layer for edit in self.ablations for layer in edit.layers}
+        return max(given) if max(given) == min(touched) else 0
+
     def touches_residual(self, layer: int) -> bool:
         outside = frozenset(SITES) - ATTENTION_SITES
         return bool(self.captured(layer, outside)) or any(

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from workbench.models import Attachment, AttentionCall
 from workbench.models.architectures import output_weight, rewritten, written
-from workbench.tracing.edits import Patch, apply_ablation, masked
+from workbench.tracing.edits import Patch, apply_ablation, frozen_call, masked
 from workbench.tracing.measured import measure
 from workbench.tracing.plan import Plan
+from workbench.tracing.rotation import Rotation
 from workbench.tracing.sites import Site
+from workbench.tracing.skip import skipping
 
 StatisticSink = Callable[[str, int, Tensor], None]
 SiteSink = Callable[[Site, int, Tensor], None]
@@ -43,6 +45,7 @@ class Watch:
         self.put_statistic, self.put_site = statistic, site
         self._resid_pre: dict[int, Tensor] = {}
         self._z: dict[int, Tensor] = {}
+        self._rotation = Rotation(attachment)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -51,6 +54,8 @@ class Watch:
             for layer in range(self.attachment.spec.n_layers):
                 for hook in self._hooks(layer):
                     stack.callback(hook.remove)
+            stack.enter_context(self._rotation.noting(self.plan.turned_layers))
+            stack.enter_context(skipping(self.attachment, self.plan.first_layer))
             stack.enter_context(self.attachment.observe(self.attention))
             yield
 
@@ -61,6 +66,8 @@ class Watch:
             old: Tensor = getattr(call, patch.site)
             changed: dict[str, Any] = {patch.site: self._patched(old.transpose(1, 2), patch).transpose(1, 2)}
             call = replace(call, **changed)
+        for ablation in plan.ablations:
+            call = frozen_call(call, ablation, self.rows)
         for site in plan.captured(layer, frozenset(["q", "k", "v"])):
             self.put_site(site, layer, getattr(call, site).transpose(1, 2))
         pattern = self._pattern(call)
@@ -69,7 +76,7 @@ class Watch:
             group = call.q.shape[1] // call.k.shape[1]
             z = pattern.to(call.v.dtype) @ call.v.repeat_interleave(group, dim=1)
         for ablation in plan.ablations:
-            z = apply_ablation(z, call, ablation, self.rows)
+            z = apply_ablation(z, call, ablation, self.rows, self._rotation)
         for patch in plan.patches_at(layer, "z"):
             z = self._patched(z.transpose(1, 2), patch).transpose(1, 2)
         if "z" in plan.captured(layer):
