@@ -59,9 +59,10 @@ class Named:
 def name_tokens(tokenizer: Any) -> dict[str, int]:
     """The names that are one token with a leading space."""
     ids = {name: tokenizer(f" {name}", add_special_tokens=False)["input_ids"] for name in NAMES}
-    found = {name: row[0] for name, row in ids.items() if len(row) == 1}
-    if len(found) < 4:
-        raise RequestError(f"{len(found)} of the {len(NAMES)} names are single tokens; four are needed.")
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    found = {name: row[0] for name, row in ids.items() if len(row) == 1 and row[0] != unknown}
+    if len(found) < 5:
+        raise RequestError(f"{len(found)} of the {len(NAMES)} names are single tokens; five are needed.")
     return found
 
 
@@ -73,7 +74,7 @@ def name_prompts(tokenizer: Any, count: int, seed: int) -> Task:
     generator = np.random.default_rng(seed)
     rows, texts, places, others = [], [], [], []
     for index in range(count):
-        io, s, *absent = generator.choice(sorted(names), 5, replace=False) if len(names) > 4 else sorted(names)
+        io, s, *absent = generator.choice(sorted(names), 5, replace=False)
         text = TEMPLATES[index % len(TEMPLATES)].format(io=f" {io}", s=f" {s}")
         found = encode(tokenizer, text)
         ids = list(found.ids)
@@ -83,7 +84,7 @@ def name_prompts(tokenizer: Any, count: int, seed: int) -> Task:
         rows.append([*prefix.ids, *ids])
         texts.append(text)
         places.append([len(prefix.ids) + place for place in at])
-        others.append([names[(absent * 3)[slot]] for slot in range(3)])
+        others.append([names[name] for name in absent])
     batch, nothing = Batch.from_ids(rows, texts=texts), torch.empty(count, 0, dtype=torch.long)
     where = torch.tensor(places)
     return Task(

@@ -63,7 +63,7 @@ class Succession:
 
     weights: HeadWeights
     lists: tuple[Ordered, ...]
-    embedded: tuple[Float[Tensor, "token d_model"], ...]
+    embedded: tuple[Float[Tensor, "_ d_model"], ...]
 
 
 def ordered_lists(tokenizer: Any, lists: dict[str, tuple[str, ...]] | None = None) -> tuple[Ordered, ...]:
@@ -92,7 +92,8 @@ def _steps(one: Ordered) -> int:
 def _ordered(tokenizer: Any, name: str, words: Sequence[str]) -> Ordered:
     """A list that ends where it began is a cycle; its last word then is no second token."""
     ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
-    single = [row[0] if len(row) == 1 else None for row in ids]
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    single = [row[0] if len(row) == 1 and row[0] != unknown else None for row in ids]
     places = {token: place for place, token in enumerate(dict.fromkeys(t for t in single if t is not None))}
     successor = torch.full((len(places),), -1, dtype=torch.long)
     for token, following in pairwise(single):
