@@ -67,21 +67,5 @@ class Settings:
             greedy_lengths=(tokens,),
         )  # fmt: skip
 
-    document_prompts: int = 8
-    documents: int = 4
-    one_hop_prompts: int = 8
-    one_hop_length: int = 192
-    patching_prompts: int = 3
-    patching_length: int = 160
-    chunk_prompts: int = 3
-    chunk_prompt_length: int = 512
-    chunk_length: int = 32
-    chunks_selected: int = 4
-    gate_prompts: int = 16
-    gate_length: int = 256
-    gate_steps: int = 60
-    gate_sinks: int = 4
-    gate_recent: int = 32
-
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
