@@ -75,6 +75,8 @@ def show_findings(session: Session, run: Run, detectors: Sequence[str] | None = 
         _show_heads(session, scores, about)
     if run.has_table("verification"):
         show_verification(session, run.table("verification"))
+        if run.has_table("verification_single"):
+            _show_singles(session, run.table("verification_single"))
     elif run.has_table("head_scores"):
         session.say(
             "No ablation was run: the scores say what heads attend to, not what depends on them (`workbench verify`)."
@@ -152,6 +154,24 @@ def show_verification(session: Session, rows: pd.DataFrame) -> None:
     show_table(session, f"Ablation ({forms}) of the k heads together, against matched random heads", made)
     for sentence in sentences:
         session.say(sentence)
+
+
+def _show_singles(session: Session, rows: pd.DataFrame) -> None:
+    """Each head alone beside single random heads."""
+    from workbench.figures import verdict
+
+    made = table("detector", "head", "metric", "effect [95 %]", "random heads [range]", ">q", "outcome")
+    for row in rows.to_dict("records"):
+        made.add_row(
+            printable(str(row["detector"])),
+            str(row["heads"]),
+            str(row["metric"]).replace("_", " "),
+            estimate(row["effect"], row["low"], row["high"], sign=True),
+            estimate(row["control_effect"], row["control_low"], row["control_high"], sign=True),
+            _probability(row["q"]),
+            verdict(row).label,
+        )
+    show_table(session, "Each head alone (heads that stand in for one another hide here)", made)
 
 
 def plain(value: object, *, sign: bool = False) -> str:

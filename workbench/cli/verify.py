@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from workbench.cli.heads import surveyed, tell_run
 from workbench.cli.progress import display
 from workbench.cli.session import Command, Session, current_session
 from workbench.cli.tables import show_findings
+from workbench.errors import RequestError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +37,24 @@ class ProbeName(StrEnum):
     induction = "induction"
     needle = "needle"
     answer = "answer"
+    json = "json"
     held_out = "held_out"
+    perplexity = "perplexity"
+
+
+class PhaseName(StrEnum):
+    """When heads are ablated, where a probe asks for an answer."""
+
+    both = "both"
+    prefill = "prefill"
+    decode = "decode"
+
+
+class PoolName(StrEnum):
+    """Which heads the random controls are drawn from."""
+
+    all = "all"
+    score_free = "score_free"
 
 
 class HowName(StrEnum):
@@ -46,6 +65,9 @@ class HowName(StrEnum):
     resample = "resample"
     uniform = "uniform"
     to_sink = "to_sink"
+    q_mean = "q_mean"
+    frozen_zero = "frozen_zero"
+    streaming = "streaming"
 
 
 def register(app: typer.Typer) -> None:
@@ -60,13 +82,28 @@ def verify(
         str | None,
         typer.Option(metavar="NAME", help=f"Ablate the top heads of a detector: {', '.join(options.DETECTOR_NAMES)}."),
     ] = None,
-    k: Annotated[int, typer.Option(metavar="N", min=1, help="How many heads, with --detector.")] = 8,
+    k: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="How many heads, with --detector. [default: 8, or the largest dose]"),
+    ] = None,
     probe: Annotated[
         ProbeName | None,
         typer.Option(help="What to measure. [default: what the detector's claim is about, or induction]"),
     ] = None,
     how: Annotated[HowName, typer.Option(help="What takes the place of a head's output.")] = HowName.mean,
     draws: Annotated[int, typer.Option(metavar="N", min=10, help="Random sets of heads to compare with.")] = 10,
+    dose: Annotated[
+        str | None,
+        typer.Option(metavar="1,2,4,8", help="Also the first so many of the heads, each set with its own controls."),
+    ] = None,
+    single: Annotated[bool, typer.Option("--single", help="Also each head alone.")] = False,
+    phase: Annotated[
+        PhaseName, typer.Option(help="Ablate while the prompt is read, while the answer is written, or in both.")
+    ] = PhaseName.both,
+    pool: Annotated[
+        PoolName,
+        typer.Option(help="Draw controls from all other heads, or from those that the detector scores low."),
+    ] = PoolName.all,
     seed: options.Seed = 0,
     out: options.Out = None,
     overwrite: options.Overwrite = False,
@@ -77,12 +114,17 @@ def verify(
     session = current_session()
     options.one_of("--heads L18H6,L17H3", heads, "--detector induction", detector, "what to ablate")
     named = options.names("--heads", heads, "L18H6,L17H3") or ()
-    path = out or default_run("verify", model, heads, detector, k, probe, how.value, draws, seed, dtype, device)
+    asking = Asking(_sizes(dose), single, phase.value, pool.value)
+    k = (max(asking.dose, default=0) or 8) if k is None else k
+    more = () if asking == Asking() else (asking,)
+    path = out or default_run("verify", model, heads, detector, k, probe, how.value, draws, seed, dtype, device, *more)
     session.writes(path, overwrite=overwrite)
     with session.err.status("importing"):
         session.silence_transformers()
         chosen = _parsed(named)
-        settings = None if detector is None else _settings(detector, k, probe, how, draws, seed)
+        settings = None if detector is None else _settings(detector, k, probe, how, draws, seed, asking)
+        if settings is None:
+            asking.check(len(chosen))
         _check_fit(model, chosen, settings)
     with attached(session, model, dtype, device) as loaded:
         if settings is not None:
@@ -90,11 +132,44 @@ def verify(
         else:
             asked = {
                 "heads": [str(head) for head in chosen], "probe": (probe or ProbeName.induction).value,
-                "how": how.value, "draws": draws, "seed": seed,
+                "how": how.value, "draws": draws, "seed": seed, **asking.stated(),
             }  # fmt: skip
             run = _verify_heads(session, loaded, path, asked, overwrite)
     show_findings(session, run)
     tell_run(session, path)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """The questions beyond the effect of one set; the defaults ask none."""
+
+    dose: tuple[int, ...] = ()
+    single: bool = False
+    phase: str = "both"
+    pool: str = "all"
+
+    def check(self, heads: int) -> None:
+        """Refuse what heads chosen by hand cannot answer."""
+        from workbench.heads.verification import dose_sizes
+
+        if self.pool != "all":
+            raise RequestError(
+                f"--pool {self.pool} keeps out heads that a detector scores high; name it with --detector, or leave "
+                "--pool out."
+            )
+        dose_sizes(heads, self.dose)
+
+    def stated(self) -> dict[str, Any]:
+        """What is asked, for the run's settings; nothing where nothing is."""
+        return {} if self == Asking() else {"dose": list(self.dose), "single": self.single, "phase": self.phase}
+
+
+def _sizes(dose: str | None) -> tuple[int, ...]:
+    named = options.names("--dose", dose, "1,2,4,8") or ()
+    wrong = [text for text in named if not text.isdecimal() or int(text) < 1]
+    if wrong:
+        raise RequestError(f"--dose {dose!r}: {wrong[0]!r} is no number of heads; write it as in 1,2,4,8.")
+    return tuple(sorted({int(text) for text in named}))
 
 
 def _parsed(named: Sequence[str]) -> list[Head]:
@@ -117,23 +192,33 @@ def _check_fit(model: str, chosen: Sequence[Head], settings: SurveySettings | No
         check_heads(layers, chosen)
 
 
-def _settings(detector: str, k: int, probe: ProbeName | None, how: HowName, draws: int, seed: int) -> SurveySettings:
+def _settings(
+    detector: str, k: int, probe: ProbeName | None, how: HowName, draws: int, seed: int, asking: Asking
+) -> SurveySettings:
     """A survey of one detector and the test of its claim."""
     from workbench.heads import ProbeSettings, Settings
     from workbench.heads.detection import choose
+    from workbench.heads.probes import check_phase
+    from workbench.heads.verification import dose_sizes
     from workbench.studies import SurveySettings
 
     choose([detector])
-    return SurveySettings(
+    found = SurveySettings(
         detectors=(detector,),
         verify=(detector,),
         k=k,
         how=how.value,
         draws=draws,
         detection=Settings(seed=seed),
-        probes=ProbeSettings(seed=PROBE_SEED + seed),
+        probes=ProbeSettings(seed=PROBE_SEED + seed, phase=PhaseName(asking.phase).value),
         probe=None if probe is None else probe.value,
+        dose=asking.dose,
+        single=asking.single,
+        pool=PoolName(asking.pool).value,
     )
+    dose_sizes(k, asking.dose)
+    check_phase(found.probe_of(detector), found.probes.phase)
+    return found
 
 
 def _verify_heads(session: Session, model: Model, path: Path, asked: dict[str, Any], overwrite: bool) -> Run:
@@ -149,7 +234,8 @@ def _verify_heads(session: Session, model: Model, path: Path, asked: dict[str, A
     check_heads([layer.heads for layer in model.spec.layers], chosen)
     with display(session.err, 2) as shown:
         shown.step("prompts", f"of the probe {asked['probe']}", kept=False)
-        probe = build_probe(asked["probe"], model, ProbeSettings(seed=PROBE_SEED + asked["seed"]))
+        phase = asked.get("phase", "both")
+        probe = build_probe(asked["probe"], model, ProbeSettings(seed=PROBE_SEED + asked["seed"], phase=phase))
         facts = model_facts(model)
         with RunWriter.open(
             path,
@@ -170,10 +256,13 @@ def _verify_heads(session: Session, model: Model, path: Path, asked: dict[str, A
             began = time.monotonic()
             found = verify_heads(
                 model, chosen, probe=probe, how=asked["how"], draws=asked["draws"], seed=asked["seed"],
-                progress=shown.advance,
+                dose=asked.get("dose", ()), single=asked.get("single", False), progress=shown.advance,
             )  # fmt: skip
             writer.table("verification", found.table)
             writer.table("verification_draws", found.draws)
+            if len(found.single):
+                writer.table("verification_single", found.single)
+                writer.table("verification_single_draws", found.single_draws)
             writer.done("verify", seconds=time.monotonic() - began)
             return writer.finish()
 

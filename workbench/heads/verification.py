@@ -10,31 +10,42 @@
 
 The control range is that of all draws, from the least to the greatest. An effect inside it is a negative result and is
 reported like any other.
+
+Further questions, asked of the same claim by `verify_sets`: how the effect grows with k (nested sets of the first
+heads, each with controls of its own), what each head does alone (redundant heads hide from that), and what is left when
+heads that the detector itself scores high are kept out of the controls (`involved`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from math import comb, prod
 
 import numpy as np
 import pandas as pd
 from torch import Tensor
 
 from workbench.errors import RequestError
+from workbench.heads.controls import POOLS as POOLS
+from workbench.heads.controls import Pool as Pool
+from workbench.heads.controls import check_heads as check_heads
+from workbench.heads.controls import control_sets, strangers
+from workbench.heads.controls import involved as involved
+from workbench.heads.controls import matched_heads as matched_heads
 from workbench.heads.detector import Array
 from workbench.heads.inference import Better, bootstrap_mean, paired_p, q_values
 from workbench.heads.probes import Probe, ProbeSettings, build_probe
-from workbench.models import Batch, Head, Spec
-from workbench.models.spec import check_head
+from workbench.models import Batch, Head
 from workbench.tasks import Metric, TextMetric
 from workbench.tracing import Model, ablate
 from workbench.tracing.edits import Ablation, How
+from workbench.tracing.generate import Phase
+from workbench.tracing.rotation import mean_queries
 
 MIN_DRAWS = 10
+# Forms that need every token of the prompt at once.
+_ONE_PASS: tuple[How, ...] = ("resample", "frozen_zero")
 Progress = Callable[[int, int], None]
 
 
@@ -49,7 +60,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Ablator:
-    """How heads are ablated: the form, and what it needs (mean outputs, made once for all heads)."""
+    """How heads are ablated: the form, and what it needs (mean outputs or queries, made once for all heads)."""
 
     how: How = "mean"
     means: Mapping[Head, Tensor] | None = None
@@ -60,6 +71,8 @@ class Ablator:
         """Run the reference prompts once, where the form needs them."""
         if how == "mean":
             return Ablator(how, model.head_outputs(reference, model.spec.heads(), mean=True))
+        if how == "q_mean":
+            return Ablator(how, mean_queries(model, reference, model.spec.heads()))
         return Ablator(how, reference=reference if how == "resample" else None)
 
     def __call__(self, heads: Sequence[Head]) -> Ablation:
@@ -67,83 +80,42 @@ class Ablator:
         return ablate(heads, self.how, values=values, reference=self.reference)
 
 
-def matched_heads(spec: Spec, heads: Sequence[Head], rng: np.random.Generator, *, sets: int = 1) -> tuple[Head, ...]:
-    """As many other heads, layer by layer the same number, drawn without replacement.
-
-    Where the layers hold fewer than `sets` different draws, heads of the nearest layers are drawn as well.
-    """
-    taken = set(heads)
-    free = {
-        layer.index: [Head(layer.index, h) for h in range(layer.heads) if Head(layer.index, h) not in taken]
-        for layer in spec.layers
-    }
-    _check_count(len(taken), len(spec.heads()))
-    reach = _reach({layer: len(pool) for layer, pool in free.items()}, Counter(head.layer for head in taken), sets)
-    drawn: list[Head] = []
-    for head in sorted(taken):
-        pool = [other for layer in reach[head.layer] for other in free[layer]]
-        if not pool:
-            nearest = min((layer for layer in free if free[layer]), key=lambda layer: (abs(layer - head.layer), layer))
-            pool = free[nearest]
-        chosen = pool[int(rng.integers(len(pool)))]
-        free[chosen.layer].remove(chosen)
-        drawn.append(chosen)
-    return tuple(sorted(drawn))
-
-
-def _reach(free: Mapping[int, int], wanted: Mapping[int, int], sets: int) -> dict[int, list[int]]:
-    """The layers that each layer's controls are drawn from: its own, and more where draws would repeat."""
-    reach = {layer: [layer] for layer in wanted}
-
-    def choices(layer: int) -> int:
-        return comb(sum(free[near] for near in reach[layer]), wanted[layer])
-
-    while prod(map(choices, reach)) < sets:
-        narrow = [layer for layer in reach if len(reach[layer]) < len(free)]
-        if not narrow:
-            break
-        layer = min(narrow, key=choices)
-        reach[layer].append(min(set(free) - set(reach[layer]), key=lambda near: (abs(near - layer), near)))
-    return reach
-
-
-def check_heads(layers: Sequence[int], heads: Sequence[Head]) -> None:
-    """Refuse heads that a model with so many in its `layers` lacks, and so many that none are left to compare with."""
-    if not heads:
-        raise RequestError("No heads were given; name some, e.g. ['L18H6'].")
-    for head in heads:
-        check_head(head, layers)
-    _check_count(len(set(heads)), sum(layers))
-
-
-def _check_count(count: int, heads: int) -> None:
-    if 2 * count > heads:
-        raise RequestError(f"{count} heads of {heads} leave too few others to compare with; test fewer.")
-
-
-def _controls(spec: Spec, heads: Sequence[Head], draws: int, rng: np.random.Generator) -> list[tuple[Head, ...]]:
-    """Different matched sets; where a small model does not have enough of them, some come twice."""
-    found: dict[tuple[Head, ...], None] = {}
-    for _ in range(20 * draws):
-        found[matched_heads(spec, heads, rng, sets=draws)] = None
-        if len(found) == draws:
-            return list(found)
-    return [list(found)[index % len(found)] for index in range(draws)]
+def other_prompts(batch: Batch) -> Batch:
+    """For each prompt another one to resample from: the next, repeated where it is shorter than the longest."""
+    rows = [ids[mask].tolist() for ids, mask in zip(batch.ids.cpu(), batch.mask.cpu(), strict=True)]
+    if len(rows) < 2:
+        raise RequestError("Resampling takes a head's output on another prompt; give the probe at least two prompts.")
+    width = batch.ids.shape[1]
+    following = [rows[(index + 1) % len(rows)] for index in range(len(rows))]
+    return Batch.from_ids([(row * (width // len(row) + 1))[:width] for row in following])
 
 
 @dataclass(frozen=True)
 class Verification:
-    """`table`: one row a claim and metric; `draws`: one row a random draw."""
+    """`table`: one row a set of heads and metric; `draws`: one row a random draw.
+
+    `single` and `single_draws` are the same of each head alone, where that was asked for.
+    """
 
     table: pd.DataFrame
     draws: pd.DataFrame
+    single: pd.DataFrame = field(default_factory=pd.DataFrame)
+    single_draws: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @staticmethod
     def join(parts: Sequence[Verification]) -> Verification:
         """Several verifications as one family: q-values over all their p-values."""
-        table = pd.concat([part.table for part in parts], ignore_index=True)
-        table["q"] = q_values(table["p"].to_numpy())
-        return Verification(table, pd.concat([part.draws for part in parts], ignore_index=True))
+        frames = [[getattr(part, name) for part in parts] for name in ("table", "draws", "single", "single_draws")]
+        return Verification(
+            *(pd.concat([one for one in some if len(one)] or some[:1], ignore_index=True) for some in frames)
+        ).family()
+
+    def family(self) -> Verification:
+        """The same with q over every test in it, of sets and of single heads."""
+        p = [frame["p"].to_numpy(dtype=float) for frame in (self.table, self.single) if len(frame)]
+        q = q_values(np.concatenate(p))
+        single = self.single.assign(q=q[len(self.table) :]) if len(self.single) else self.single
+        return replace(self, table=self.table.assign(q=q[: len(self.table)]), single=single)
 
 
 def verify_claim(
@@ -154,15 +126,18 @@ def verify_claim(
     draws: int = MIN_DRAWS,
     seed: int = 0,
     baseline: Mapping[str, Array] | None = None,
+    excluded: Collection[Head] = (),
     progress: Progress | None = None,
 ) -> Verification:
     """Ablate a claim's heads and `draws` matched random sets; compare on every metric of its probe.
 
-    `baseline` is what `claim.probe.measure(model)` gives, if that is known already.
+    `baseline` is what `claim.probe.measure(model)` gives, if that is known already; heads that are `excluded` are never
+    drawn as controls.
     """
     _check_draws(draws)
+    _check_form(claim.probe, ablator.how)
     rng = np.random.default_rng(seed)
-    sets = [claim.heads, *_controls(model.spec, claim.heads, draws, rng)]
+    sets = [claim.heads, *control_sets(model.spec, claim.heads, draws, rng, excluded)]
     intact = claim.probe.measure(model) if baseline is None else baseline
     effects = []
     for done, heads in enumerate(sets, start=1):
@@ -176,7 +151,7 @@ def verify_claim(
         own, others = effects[0][metric.name], np.stack([effect[metric.name] for effect in effects[1:]])
         tables.append(
             _summary(claim, metric, base, own, others, ablator.how, seed)
-            | {"different_draws": len(set(sets[1:])), "other_layers": max(map(partial(_strangers, sets[0]), sets[1:]))}
+            | {"different_draws": len(set(sets[1:])), "other_layers": max(map(partial(strangers, sets[0]), sets[1:]))}
         )
         rows += [
             _draw(claim, metric, base, index, heads, other)
@@ -185,6 +160,56 @@ def verify_claim(
     table = pd.DataFrame(tables)
     table["q"] = q_values(table["p"].to_numpy())
     return Verification(table, pd.DataFrame(rows))
+
+
+def dose_sizes(count: int, dose: Sequence[int]) -> list[int]:
+    """The sizes of nested sets of `count` ranked heads: those asked for, and all; refuses what is no size of them."""
+    for size in dose:
+        if not 1 <= size <= count:
+            raise RequestError(
+                f"dose {size}: sets hold 1 to {count} of the {count} heads; name more heads, or a larger k."
+            )
+    return sorted({*dose, count}, reverse=True)
+
+
+def verify_sets(
+    model: Model,
+    claim: Claim,
+    ablator: Ablator,
+    *,
+    dose: Sequence[int] = (),
+    single: bool = False,
+    draws: int = MIN_DRAWS,
+    seed: int = 0,
+    baseline: Mapping[str, Array] | None = None,
+    excluded: Collection[Head] = (),
+    progress: Progress | None = None,
+) -> Verification:
+    """`verify_claim` of the claim's heads together, of its first so many (`dose`), and of each alone (`single`).
+
+    The heads of the claim stand in the order of their scores. Every set has controls of its own size; q is over all.
+    """
+    sizes = dose_sizes(len(claim.heads), dose)
+    baseline = claim.probe.measure(model) if baseline is None else baseline
+    sets = [claim.heads[:size] for size in sizes] + ([(head,) for head in claim.heads] if single else [])
+    each = draws + 1
+    found = []
+    for index, heads in enumerate(sets):
+        told = None if progress is None else partial(_shifted, progress, index * each, len(sets) * each)
+        found.append(
+            verify_claim(
+                model, replace(claim, heads=tuple(heads)), ablator, draws=draws, seed=seed, baseline=baseline,
+                excluded=excluded, progress=told,
+            )
+        )  # fmt: skip
+    joint, alone = found[: len(sizes)], found[len(sizes) :]
+    return Verification.join(
+        [*joint, *(Verification(joint[0].table[:0], joint[0].draws[:0], v.table, v.draws) for v in alone)]
+    )
+
+
+def _shifted(progress: Progress, before: int, total: int, done: int, _: int) -> None:
+    progress(before + done, total)
 
 
 def verify(
@@ -196,27 +221,48 @@ def verify(
     draws: int = MIN_DRAWS,
     seed: int = 0,
     reference: Batch | None = None,
+    dose: Sequence[int] = (),
+    single: bool = False,
+    phase: Phase = "both",
+    excluded: Collection[Head] = (),
     progress: Progress | None = None,
 ) -> Verification:
     """Ablate any head set and compare with matched random sets, e.g. `verify(model, ["L18H6"], probe="induction")`.
 
-    `reference` prompts serve `mean` and `resample`; prose and code by default, or the probe's own prompts where the
-    model has no tokenizer.
+    Args:
+        reference: prompts for `mean` and `q_mean` (prose and code by default, or the probe's own where the model has no
+            tokenizer) and `resample` (the probe's own by default, each prompt the next one).
+        dose: also the first 1, 2, 4 ... of the heads, each with its own controls.
+        single: also each head alone.
+        phase: where a probe that answers is ablated ("prefill", "decode" or "both"); with a probe that is built here.
+        excluded: heads that are never drawn as controls, e.g. `involved(scores, "induction")`.
     """
     chosen = tuple(dict.fromkeys(Head.parse(head) if isinstance(head, str) else Head(*head) for head in heads))
     check_heads([layer.heads for layer in model.spec.layers], chosen)
     _check_draws(draws)
+    dose_sizes(len(chosen), dose)
+    if phase != "both" and not isinstance(probe, str):
+        raise RequestError(f"phase={phase!r}: build the probe with ProbeSettings(phase={phase!r}), or name it.")
     settings = ProbeSettings()
-    made = build_probe(probe, model, settings) if isinstance(probe, str) else probe
-    if reference is None:
+    made = build_probe(probe, model, replace(settings, phase=phase)) if isinstance(probe, str) else probe
+    _check_form(made, how)
+    if reference is None and how == "resample":
+        reference = other_prompts(made.tasks[0].batch)
+    elif reference is None:
         reference = (build_probe("held_out", model, settings) if model.tokenizer is not None else made).tasks[0].batch
     ablator = Ablator.prepare(model, how, reference)
-    return verify_claim(model, Claim("chosen", chosen, made), ablator, draws=draws, seed=seed, progress=progress)
+    return verify_sets(
+        model, Claim("chosen", chosen, made), ablator, dose=dose, single=single, draws=draws, seed=seed,
+        excluded=excluded, progress=progress,
+    )  # fmt: skip
 
 
-def _strangers(heads: Sequence[Head], drawn: Sequence[Head]) -> int:
-    """How many drawn heads are beyond what the layers of `heads` call for."""
-    return sum((Counter(head.layer for head in drawn) - Counter(head.layer for head in heads)).values())
+def _check_form(probe: Probe, how: How) -> None:
+    if probe.decodes and how in _ONE_PASS:
+        raise RequestError(
+            f"how={how!r} needs all tokens of a prompt at once, and the probe {probe.name!r} writes them one by one; "
+            "use the probe 'answer', or another form."
+        )
 
 
 def _check_draws(draws: int) -> None:

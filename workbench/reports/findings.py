@@ -298,10 +298,11 @@ def verification_rows(run: RunLike, known: Catalogue) -> list[dict[str, Any]]:
     table = ablations(run)
     if table is None:
         return []
-    return [_verification_row(row, known) for row in table.to_dict("records")]
+    return [verification_row(row, known) for row in table.to_dict("records")]
 
 
-def _verification_row(row: dict[str, Any], known: Catalogue) -> dict[str, Any]:
+def verification_row(row: dict[str, Any], known: Catalogue) -> dict[str, Any]:
+    """One ablation as texts."""
     k, by_hand = int(row["k"]), str(row["detector"]) == BY_HAND
     before, after = _ends(row, 3)
     return {

@@ -33,11 +33,12 @@ from workbench.heads import (
     Settings,
     Verification,
     build_probe,
-    verify_claim,
+    involved,
+    verify_sets,
 )
 from workbench.heads.detection import choose
 from workbench.heads.detector import Array, Detector, Kind
-from workbench.heads.inference import q_values
+from workbench.heads.verification import POOLS, Pool, dose_sizes, other_prompts
 from workbench.models import Batch, Head
 from workbench.runs import Run, RunWriter, environment
 from workbench.studies.examples import example_tables
@@ -86,8 +87,10 @@ class SurveySettings:
     """What a survey does; `verify` names the detectors whose top `k` heads are ablated (none: no causal check).
 
     What suffers is measured by the probe that the detector's claim is about (`Detector.probe`), or by `probe` for all.
-    `examples` is the largest number of heads whose patterns are kept. A `tolerant` survey leaves out detectors that
-    cannot run on the model, with their reasons. `method` is how an atlas draws its map.
+    `dose` are sizes of nested sets within the k, `single` tests each of the k alone, and the pool "score_free" keeps
+    heads that the detector itself scores high out of the controls. `examples` is the largest number of heads whose
+    patterns are kept. A `tolerant` survey leaves out detectors that cannot run on the model, with their reasons.
+    `method` is how an atlas draws its map.
     """
 
     detectors: tuple[str, ...] | None = None
@@ -100,6 +103,9 @@ class SurveySettings:
     examples: int | None = None
     tolerant: bool = False
     method: str | None = None
+    dose: tuple[int, ...] = ()
+    single: bool = False
+    pool: Pool = "all"
     detection: Settings = field(default_factory=Settings)
     probes: ProbeSettings = field(default_factory=ProbeSettings)
 
@@ -129,6 +135,9 @@ class SurveySettings:
             raise RequestError(f"how={self.how!r} is no ablation; choose one of {', '.join(HOWS)}.")
         if self.k < 1 or self.top < 1:
             raise RequestError(f"k={self.k}, top={self.top}: name at least one head.")
+        if self.pool not in POOLS:
+            raise RequestError(f"pool={self.pool!r}: controls come from one of {', '.join(POOLS)}.")
+        dose_sizes(self.k, self.dose)
         if self.verify and 2 * self.k > heads:
             raise RequestError(f"k={self.k} of {heads} heads leave too few others to compare with; ask for fewer.")
         return chosen
@@ -214,6 +223,8 @@ class _Survey:
         manifest["settings"] = self.settings.as_dict()
         manifest.setdefault("tops", {})
         manifest.setdefault("skipped", [])
+        manifest.setdefault("involved", {})
+        manifest.setdefault("verified_single", [])
         manifest.setdefault("verified", [])
 
     def detect(self, kind: Kind) -> None:
@@ -253,6 +264,8 @@ class _Survey:
         for detector in detectors:
             best = found.top(detector.name, max(self.settings.k, self.settings.top))
             self.writer.manifest["tops"][detector.name] = [str(head) for head in best]
+            if self.settings.pool == "score_free" and detector.name in self.settings.verify:
+                self.writer.manifest["involved"][detector.name] = sorted(map(str, involved(found, detector.name)))
         shown = {head for d in detectors for head in self._top(d.name, self.settings.top)}
         if len(found.curves):
             keep = [
@@ -270,9 +283,11 @@ class _Survey:
             return
         began = time.monotonic()
         probe, baseline = self._probe(self.settings.probe_of(name))
-        found = verify_claim(
-            self.model, Claim(name, tuple(heads), probe), self._ablate(), draws=self.settings.draws,
-            seed=self.settings.probes.seed, baseline=baseline, progress=self.reporter.advance,
+        found = verify_sets(
+            self.model, Claim(name, tuple(heads), probe), self._ablate(probe), dose=self.settings.dose,
+            single=self.settings.single, draws=self.settings.draws, seed=self.settings.probes.seed, baseline=baseline,
+            excluded=[Head.parse(text) for text in self.writer.manifest["involved"].get(name, ())],
+            progress=self.reporter.advance,
         )  # fmt: skip
         self._write_verification(name, found)
         self.writer.done(step, seconds=time.monotonic() - began)
@@ -281,6 +296,9 @@ class _Survey:
         # The table itself is written at the end: its q-values are over the whole family of tests.
         self.writer.manifest["verified"] += found.table.to_dict("records")
         self.writer.table(f"verification_draws/{name}", found.draws)
+        if len(found.single):
+            self.writer.manifest["verified_single"] += found.single.to_dict("records")
+            self.writer.table(f"verification_single_draws/{name}", found.single_draws)
 
     def examples(self) -> None:
         if not self._begin("examples", "patterns of the top heads on short prompts"):
@@ -304,8 +322,13 @@ class _Survey:
         skipped = self.writer.manifest.pop("skipped")
         if skipped:
             self.writer.table("skipped", pd.DataFrame(skipped))
+        single = pd.DataFrame(self.writer.manifest.pop("verified_single"))
+        self.writer.manifest.pop("involved")
         if len(rows):
-            self.writer.table("verification", rows.assign(q=q_values(rows["p"].to_numpy(dtype=float))))
+            found = Verification(rows, rows.head(0), single).family()
+            self.writer.table("verification", found.table)
+            if len(single):
+                self.writer.table("verification_single", found.single)
         return self.writer.finish()
 
     def _begin(self, name: str, title: str) -> bool:
@@ -324,8 +347,13 @@ class _Survey:
             self._probes[name] = (probe, probe.measure(self.model))
         return self._probes[name]
 
-    def _ablate(self) -> Ablator:
-        """Mean outputs come from the detectors' own prompts (prose and code), which no metric is measured on."""
+    def _ablate(self, probe: Probe) -> Ablator:
+        """Mean outputs come from the detectors' own prompts (prose and code), which no metric is measured on.
+
+        Resampled ones have to stand in the probe's own columns, so they come from its other prompts.
+        """
+        if self.settings.how == "resample":
+            return Ablator.prepare(self.model, "resample", other_prompts(probe.tasks[0].batch))
         if self._ablator is None:
             kind = KINDS["text" if self.model.tokenizer is not None else "repeated"]
             tasks = kind.tasks(self.model, self.settings.detection)

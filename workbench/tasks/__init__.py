@@ -13,6 +13,7 @@ from .metrics import HELD_OUT_LOSS as HELD_OUT_LOSS
 from .metrics import INDUCTION_LOSS as INDUCTION_LOSS
 from .metrics import METRICS as METRICS
 from .metrics import NEEDLE_RECALL as NEEDLE_RECALL
+from .metrics import PERPLEXITIES as PERPLEXITIES
 from .metrics import Metric as Metric
 from .metrics import Readings as Readings
 from .metrics import TextMetric as TextMetric

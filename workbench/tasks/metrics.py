@@ -104,6 +104,10 @@ def _mean_loss(readings: Readings) -> Float[Tensor, " prompt"]:
     return readings.loss.nanmean(dim=1)
 
 
+def _perplexity(readings: Readings) -> Float[Tensor, " prompt"]:
+    return readings.loss.nanmean(dim=1).exp()
+
+
 def _mean_log_probability(readings: Readings) -> Float[Tensor, " prompt"]:
     return -readings.loss.nanmean(dim=1)
 
@@ -119,6 +123,11 @@ def _match_share(readings: Readings) -> Float[Tensor, " prompt"]:
 INDUCTION_LOSS = Metric("induction_loss", "Loss on the repeated tokens", "nats per token", "lower", _mean_loss)
 COPY_ACCURACY = Metric("copy_accuracy", "Repeated tokens predicted right", "share", "higher", _match_share)
 HELD_OUT_LOSS = Metric("held_out_loss", "Loss on ordinary text", "nats per token", "lower", _mean_loss)
+# Each prompt's own, so that there is an interval over prompts; a corpus perplexity is the exponential of the mean loss.
+PERPLEXITIES: dict[str, Metric] = {
+    domain: Metric(f"perplexity_{domain}", f"Perplexity on {domain}", "perplexity", "lower", _perplexity)
+    for domain in ("prose", "code")
+}
 ANSWER_LOG_PROBABILITY = Metric(
     "answer_log_probability",
     "Log-probability of the answer",
@@ -130,7 +139,10 @@ ANSWER_MATCH = Metric("answer_match", "Answer tokens predicted right", "share", 
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
-    for metric in (INDUCTION_LOSS, COPY_ACCURACY, HELD_OUT_LOSS, ANSWER_LOG_PROBABILITY, ANSWER_MATCH)
+    for metric in (
+        *(INDUCTION_LOSS, COPY_ACCURACY, HELD_OUT_LOSS, ANSWER_LOG_PROBABILITY, ANSWER_MATCH),
+        *PERPLEXITIES.values(),
+    )
 }
 
 
