@@ -106,10 +106,8 @@ def test_lists_are_cycles_where_they_say_so_and_leave_out_what_is_not_a_token(wo
     assert len(found["days"].ids) == 7 and (found["days"].successor >= 0).all()
     assert found["days"].successor.tolist() == [1, 2, 3, 4, 5, 6, 0]
     assert found["short days"].successor[-1] == -1
-    assert (
-        len(found["numbers"].ids) == 29 + ("<unk>" in words.get_vocab())
-        and (found["numbers"].successor >= 0).sum() >= 28
-    )
+    # The tokenizer has no number above 29.
+    assert len(found["numbers"].ids) == 29 and (found["numbers"].successor >= 0).sum() == 28
     with pytest.raises(RequestError, match="three steps"):
         ordered_lists(words, {"short": ("Monday", "Tuesday")})
 
