@@ -31,7 +31,7 @@ def redundancy(run: RunLike, known: Catalogue) -> str:
     for detector, singles in alone.groupby("detector", sort=False):
         metric = singles["metric"].iloc[0]
         sets = joint[(joint["detector"] == detector) & (joint["metric"] == metric)].sort_values("k")
-        if sets.empty:
+        if sets.empty or int(sets["k"].iloc[-1]) == 1:
             continue
         whole, parts = float(sets["effect"].iloc[-1]), float(singles[singles["metric"] == metric]["effect"].sum())
         sentences.append(
