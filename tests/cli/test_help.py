@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
@@ -12,8 +13,10 @@ COMMANDS = (
     ["demo"],
     ["trace"],
     ["heads"],
+    ["atlas"],
     ["verify"],
     ["report"],
+    ["export"],
     ["models"],
     ["models", "check"],
     ["models", "list"],
@@ -59,14 +62,23 @@ def test_a_misspelt_command_is_answered_with_the_nearest(call):
 
 
 def test_names_in_the_help_are_those_that_exist():
+    from workbench.cli.atlas import MapName, SetName
+    from workbench.cli.export import FormatName, JoinName
     from workbench.cli.options import DETECTOR_NAMES
     from workbench.cli.verify import HowName, ProbeName
     from workbench.heads import CORE
+    from workbench.heads.clusters import METHODS
     from workbench.heads.probes import _BUILDERS
+    from workbench.heads.sets import SETS
+    from workbench.runs.interchange import Join
     from workbench.tracing.edits import HOWS
 
     assert set(DETECTOR_NAMES) == set(CORE)
     assert {how.value for how in HowName} == set(HOWS)
+    assert {group.value for group in SetName} == set(SETS)
+    assert {method.value for method in MapName} == set(METHODS)
+    assert {join.value for join in JoinName} == set(get_args(Join))
+    assert {form.value for form in FormatName} == {"retrieval-head", "duo", "headvis"}
     assert {probe.value for probe in ProbeName} == set(_BUILDERS)
 
 

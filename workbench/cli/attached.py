@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from workbench.cli.options import DtypeName
 from workbench.cli.progress import display
 from workbench.cli.session import Session, listening
+from workbench.errors import RequestError
 
 if TYPE_CHECKING:
     from workbench.studies import SurveySettings
@@ -73,7 +74,13 @@ def predicted_peak(model: Model, settings: SurveySettings) -> str:
         detectors = [d for d in choose(settings.detectors) if d.kind == kind.name]
         if not detectors or not kind.traced:
             continue
-        for task in kind.tasks(model, settings.detection):
+        try:
+            tasks = kind.tasks(model, settings.detection)
+        except RequestError:
+            if not settings.tolerant:
+                raise
+            continue
+        for task in tasks:
             wanted = wanted_statistics(task, detectors)
             sites = tuple(dict.fromkeys(site for detector in detectors for site in detector.sites))
             found.append(model.predict_memory(task.batch, statistics=wanted, sites=sites))

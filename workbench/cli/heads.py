@@ -30,7 +30,10 @@ def heads(
     model: options.Model,
     detectors: Annotated[
         str | None,
-        typer.Option(metavar="A,B", help=f"Detectors: {', '.join(options.DETECTOR_NAMES)}. [default: these; `workbench atlas --list` shows all]"),
+        typer.Option(
+            metavar="A,B",
+            help=f"Detectors: {', '.join(options.DETECTOR_NAMES)} (the default); `workbench atlas --list` has all.",
+        ),
     ] = None,
     prompts: Annotated[
         int | None,

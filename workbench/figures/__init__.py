@@ -7,6 +7,9 @@ Each figure carries its caption (what was measured, on what) in `layout.meta["ca
 from __future__ import annotations
 
 from workbench.figures.ablation import ablation_chart as ablation_chart
+from workbench.figures.atlas import agreement_matrix as agreement_matrix
+from workbench.figures.atlas import head_scatter as head_scatter
+from workbench.figures.atlas import rank_maps as rank_maps
 from workbench.figures.contrast import domain_scatter as domain_scatter
 from workbench.figures.curves import position_curves as position_curves
 from workbench.figures.maps import head_map as head_map

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from workbench.figures import DARK, LIGHT, Palette, template
 from workbench.figures.controls import whence
 from workbench.figures.text import in_order
+from workbench.reports.atlas import atlas_view
 from workbench.reports.cards import Card, cards
 from workbench.reports.catalogue import Catalogue, catalogue
 from workbench.reports.charts import charts
@@ -31,6 +32,9 @@ OPTIONAL = {
     "contrast": "domain contrast",
     "details": "intervals and q-values in the head table (they stay in the run's table)",
     "maps": "layer x head maps",
+    "multiples": "all maps on one scale",
+    "headmap": "map of heads",
+    "agreement": "agreement matrix (its strongest pairs stay)",
     "ablation": "ablation chart (its table stays)",
 }
 
@@ -112,6 +116,7 @@ def build(run: RunLike) -> Content:
         "whence": whence(() if tested is None else tested.to_dict("records")),
         "asks_ablation": not verification and (bool(known) or asks_scores),
         "by_hand": by_hand,
+        "atlas": atlas_view(run, known),
         "columns": columns,
         "remarks": remarks(run, known),
         "summary": Markup(in_order(str(_summary(run, known, leading, measured)))),

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from workbench.figures import ablation_chart, domain_scatter, head_map, pattern_map, position_curves
+from workbench.reports.atlas import atlas_charts
 from workbench.reports.cards import MOST_CURVES, Card
 from workbench.reports.catalogue import Catalogue
 from workbench.reports.examples import Pattern
@@ -27,7 +28,7 @@ def charts(
 ) -> dict[str, dict[str, Pair]]:
     """`{part: {figure id: figure}}` for all that the run's tables allow."""
     parts: dict[str, dict[str, Pair]] = {}
-    for part, name, draw in [*_plans(run, known, cards, found), *_statistics(measured)]:
+    for part, name, draw in [*atlas_charts(run, known), *_plans(run, known, cards, found), *_statistics(measured)]:
         parts.setdefault(part, {})[name] = figure_pair(draw)
     return parts
 

@@ -10,7 +10,7 @@ from workbench.reports.source import RunLike
 if TYPE_CHECKING:
     from workbench.reports.findings import Finding
 
-_SUBCOMMANDS = ("heads", "verify", "trace")
+_SUBCOMMANDS = ("heads", "verify", "trace", "atlas")
 
 
 def model_argument(run: RunLike) -> str:

@@ -30,6 +30,7 @@ from workbench.errors import RequestError
 from workbench.heads import HeadScores
 from workbench.runs.disk import writing
 from workbench.runs.interchange import check_count, head_scores, numbers, read_json, write_json
+from workbench.runs.run import Run
 
 # Top keys a row, and the least weight, that are kept.
 KEYS_A_ROW, LEAST_WEIGHT = 8, 0.005
@@ -142,6 +143,27 @@ def _top_tokens(found: Sequence[tuple[list[str], Any]]) -> list[dict[str, Any]]:
             total[token] += float(weight)
     best = sorted(total.items(), key=lambda item: (-item[1], item[0]))[:MOST_TOKENS]
     return [{"token": token, "weight": round(weight, DIGITS)} for token, weight in best]
+
+
+def kept_patterns(run: Run) -> dict[tuple[int, int], list[Shown]]:
+    """The patterns that a run keeps of its top heads, with their tokens; empty where it has none."""
+    if not run.has_array("patterns") or not run.has_table("example_tokens"):
+        return {}
+    data, found = run.array("patterns").load(), defaultdict(list)
+    texts = {
+        str(name): tuple(map(str, rows.sort_values("position")["text"]))
+        for name, rows in run.table("example_tokens").groupby("example", sort=False)
+    }
+    numbered = {name: index for index, name in enumerate(texts)}
+    for index in range(data.sizes["example_head"]):
+        one = data.isel(example_head=index)
+        example = str(one["example"].item())
+        if example in texts:
+            size = len(texts[example])
+            attention = np.nan_to_num(one["pattern"].to_numpy().astype(float)[:size, :size])
+            head = int(one["layer"].item()), int(one["head"].item())
+            found[head].append(Shown(numbered[example], texts[example], attention))
+    return dict(found)
 
 
 def read_headvis(folder: str | Path, model: str | None = None) -> HeadVis:
