@@ -12,6 +12,8 @@ from workbench.figures.atlas import head_scatter as head_scatter
 from workbench.figures.atlas import rank_maps as rank_maps
 from workbench.figures.contrast import domain_scatter as domain_scatter
 from workbench.figures.curves import position_curves as position_curves
+from workbench.figures.dose import dose_curve as dose_curve
+from workbench.figures.dose import has_doses as has_doses
 from workbench.figures.maps import head_map as head_map
 from workbench.figures.maps import head_maps as head_maps
 from workbench.figures.pattern import pattern_map as pattern_map

@@ -20,6 +20,7 @@ from workbench.reports.examples import Pattern, patterns, reach
 from workbench.reports.facts import checks, duration, model_facts, moment, run_facts, steps
 from workbench.reports.findings import Finding, findings, probes, remarks, summary, switching_heads, verification_rows
 from workbench.reports.payload import size_of
+from workbench.reports.singles import redundancy, single_rows
 from workbench.reports.source import RunLike, ablations, frame, shown_title
 from workbench.reports.statistics import Statistics, statistics, statistics_summary
 from workbench.reports.table import head_table
@@ -122,6 +123,8 @@ def build(run: RunLike) -> Content:
         "summary": Markup(in_order(str(_summary(run, known, leading, measured)))),
         "findings": leading,
         "verification": verification,
+        "singles": single_rows(run, known),
+        "redundancy": redundancy(run, known),
         "probes": probes(run),
         "switching": switching_heads(run),
         "model": run.manifest.get("model", {}),

@@ -11,7 +11,15 @@ from typing import Any
 
 import pandas as pd
 
-from workbench.figures import ablation_chart, domain_scatter, head_map, pattern_map, position_curves
+from workbench.figures import (
+    ablation_chart,
+    domain_scatter,
+    dose_curve,
+    has_doses,
+    head_map,
+    pattern_map,
+    position_curves,
+)
 from workbench.reports.atlas import atlas_charts
 from workbench.reports.cards import MOST_CURVES, Card
 from workbench.reports.catalogue import Catalogue
@@ -54,6 +62,8 @@ def _plans(
     if verification is not None:
         draws = frame(run, "verification_draws")
         yield "ablation", "ablation", partial(_ablation, verification, draws, titles)
+        if has_doses(verification):
+            yield "ablation", "dose", partial(_dose, verification, draws, titles)
     for pattern in found:
         yield "patterns", f"pattern-{pattern.key}", partial(_pattern, pattern)
 
@@ -85,6 +95,10 @@ def _contrast(contrast: pd.DataFrame, dark: bool) -> Any:
 
 def _ablation(verification: pd.DataFrame, draws: pd.DataFrame | None, titles: dict[str, str], dark: bool) -> Any:
     return ablation_chart(verification, draws, labels=titles, dark=dark)
+
+
+def _dose(verification: pd.DataFrame, draws: pd.DataFrame | None, titles: dict[str, str], dark: bool) -> Any:
+    return dose_curve(verification, draws, labels=titles, dark=dark)
 
 
 def _pattern(pattern: Pattern, dark: bool) -> Any:
