@@ -3,7 +3,8 @@
 For every prompt and head: the corrupt twin (filler of as many tokens in the needle's place) runs with this head's z,
 at all positions, from the intact prompt. The score is how far that moves the logit difference between the answer's
 first token and its strongest rival (the corrupt run's likeliest other token). One pass per layer runs as many copies of
-the corrupt prompt as the layer has heads, each with another head patched: L passes and L x H prompts for each pair.
+the corrupt prompt as the layer has heads, each with another head patched: L passes and L x H prompts for each pair. The
+residual stream that enters the layer is given, so that layers before it need not run again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from workbench.heads.settings import Settings
 from workbench.models import Batch
 from workbench.tasks import Task
 from workbench.tasks.one_hop import one_hop
-from workbench.tracing import Model, patch
+from workbench.tracing import Model, Trace, patch
 
 
 class Restored(NamedTuple):
@@ -43,14 +44,14 @@ def restore(model: Model, task: Task, progress: Progress | None = None) -> Resto
         at = task.answer_positions[2 * pair, :1]
         gold = int(task.answer_ids[2 * pair, 0])
         intact, broken = (_alone(task.batch, 2 * pair + twin) for twin in (0, 1))
-        source, base = (model.trace(one, sites=["z"], logits=at[None]) for one in (intact, broken))
+        source, base = (model.trace(one, sites=["z", "resid_pre"], logits=at[None]) for one in (intact, broken))
         assert source.logits is not None and base.logits is not None
         others = base.logits[0, 0].clone()
         others[gold] = -torch.inf
         rival = int(others.argmax())
         clean[pair], corrupt[pair] = _difference(source.logits, gold, rival), _difference(base.logits, gold, rival)
         for layer in range(model.spec.n_layers):
-            found = _patched(model, broken, layer, source.site("z", layer), base.site("z", layer), at)
+            found = _patched(model, broken, layer, source.site("z", layer), base, at)
             count = len(found)
             patched[pair, layer, :count] = (found[:, gold] - found[:, rival]).double().numpy()
         if progress is not None:
@@ -59,16 +60,17 @@ def restore(model: Model, task: Task, progress: Progress | None = None) -> Resto
 
 
 def _patched(
-    model: Model, broken: Batch, layer: int, source: Tensor, base: Tensor, at: Tensor
+    model: Model, broken: Batch, layer: int, source: Tensor, base: Trace, at: Tensor
 ) -> Float[Tensor, "head vocab"]:
     """Logits of the corrupt prompt with one head each of this layer as it was on the intact one."""
     heads = source.shape[2]
     # Patching one layer alone leaves the others of it what they were.
-    value = base.repeat(heads, 1, 1, 1)
+    value = base.site("z", layer).repeat(heads, 1, 1, 1)
     head = torch.arange(heads)
     value[head, :, head] = source[0].transpose(0, 1)
     copies = Batch(broken.ids.repeat(heads, 1), broken.mask.repeat(heads, 1))
-    logits = model.trace(copies, edits=patch("z", value, layer=layer), logits=at.expand(heads, 1)).logits
+    edits = [patch("resid_pre", base.site("resid_pre", layer), layer=layer), patch("z", value, layer=layer)]
+    logits = model.trace(copies, edits=edits, logits=at.expand(heads, 1)).logits
     assert logits is not None
     return logits[:, 0]
 
