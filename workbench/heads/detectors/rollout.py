@@ -62,7 +62,7 @@ def without_first(values: Array) -> Array:
     rest = values.copy()
     rest[..., 0] = 0.0
     whole = rest.sum(axis=-1, keepdims=True)
-    return np.divide(rest, whole, out=np.zeros_like(rest), where=whole > 0)
+    return np.asarray(np.divide(rest, whole, out=np.zeros_like(rest), where=whole > 0))
 
 
 def rollout(model: Model, prompt: str | list[int], row: int = -1) -> pd.DataFrame:
