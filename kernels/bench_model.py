@@ -14,11 +14,10 @@ import argparse
 import statistics as quantiles
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from record import append
+from record import append, facts
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 from verify import require_green
@@ -111,8 +110,8 @@ def main() -> None:
                 flush=True,
             )
             rows.append(
-                {"date": datetime.now(UTC).isoformat(timespec="seconds"), "gpu": torch.cuda.get_device_name()}
-                | {"torch": torch.__version__, "tokens": tokens, "case": name}
+                facts()
+                | {"tokens": tokens, "case": name}
                 | {key: round(value, 4) for key, value in case.items()}
                 | {"ratio_to_plain": round(ratio, 3), "memory_ratio": round(memory, 3)}
             )

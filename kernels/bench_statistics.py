@@ -10,18 +10,16 @@ Prints one line a case (median with 20 % and 80 % quantiles) and appends rows to
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 import triton
-from record import append
+from record import append, facts
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from triton.testing import do_bench
+from triton.testing import do_bench, do_bench_cudagraph
 from verify import require_green
 
 from workbench.kernels import StatisticsRequest, attention_statistics
@@ -69,6 +67,9 @@ def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callabl
         "lse, entropy, max, 16 spans, 8 offsets": case(labelled=True, offsets=OFFSETS, **sums),
         "columns given lse: sum, max, last 64": case(known=True, column_sum=True, column_max=True, column_last=(64,)),
         "column sum from nothing": case(column_sum=True),
+        "lse, entropy, max, argmax, columns": case(
+            argmax=True, column_sum=True, column_max=True, column_last=(64,), **sums
+        ),
         "64 x 64 blocks given lse: sum, max": case(known=True, block=64),
         "diagonal sums given lse": case(known=True, diagonal=True),
         "top 4 keys given lse": case(known=True, top_k=4),
@@ -138,7 +139,7 @@ def measure(run: Callable[[], object], repeat_ms: int) -> dict[str, float]:
     return {"q20_ms": low, "median_ms": median, "q80_ms": high, "peak_mib": peak}
 
 
-def bench(tokens: int, arguments: argparse.Namespace, facts: dict[str, object]) -> list[dict[str, object]]:
+def bench(tokens: int, arguments: argparse.Namespace, known: dict[str, object]) -> list[dict[str, object]]:
     """All rivals and cases at one length."""
     q, k, v = inputs(tokens, arguments.heads, arguments.kv_heads, arguments.dim)
     flops = 4 * arguments.heads * arguments.dim * tokens * (tokens + 1) / 2
@@ -159,37 +160,51 @@ def bench(tokens: int, arguments: argparse.Namespace, facts: dict[str, object]) 
             flush=True,
         )
         rows.append(
-            facts
+            known
             | {"tokens": tokens, "heads": arguments.heads, "kv_heads": arguments.kv_heads, "dim": arguments.dim}
             | {"dtype": "bfloat16", "case": name, **{key: round(value, 4) for key, value in found.items()}}
             | {"ratio_to_cudnn": round(found["median_ms"] / plain, 4), "tflops_of_attention": round(rate, 1)}
+            | {"share_of_matmul": round(rate / float(str(known["matmul_tflops"])), 3)}
         )
     return rows
 
 
-def decode(tokens: int, arguments: argparse.Namespace, facts: dict[str, object]) -> list[dict[str, object]]:
-    """One new query against a long cache: bound by reading keys and values."""
-    q, k, v = inputs(tokens, arguments.heads, arguments.kv_heads, arguments.dim, queries=1)
+def decode(tokens: int, arguments: argparse.Namespace, known: dict[str, object]) -> list[dict[str, object]]:
+    """Few new queries against a long cache: bound by reading keys and values, for short ones by launches.
+
+    Timed twice: as a captured graph, as decoding engines run it, and launch by launch. Every query sees all keys, in
+    both.
+    """
+    rows = []
     wanted = StatisticsRequest(output=True, lse=True, entropy=True, max_prob=True, argmax=True)
-    cases = {
-        "decode: sdpa flash": lambda: _flash(q, k, v),
-        "decode: output, entropy, max, argmax": lambda: attention_statistics(q, k, v, wanted, implementation="triton"),
-    }
-    rows, plain = [], None
-    print(f"\n1 query, {tokens} keys")
-    for name, run in cases.items():
-        found = measure(run, arguments.repeat_ms)
-        plain = found["median_ms"] if plain is None else plain
-        speed = 2 * k.numel() * 2 / found["median_ms"] / 1e9
-        print(
-            f"  {name:<44} {found['median_ms']:9.3f} ms  {found['median_ms'] / plain:6.2f} x flash  {speed:5.2f} TB/s"
-        )
-        rows.append(
-            facts
-            | {"tokens": tokens, "heads": arguments.heads, "kv_heads": arguments.kv_heads, "dim": arguments.dim}
-            | {"dtype": "bfloat16", "case": name, **{key: round(value, 4) for key, value in found.items()}}
-            | {"ratio_to_cudnn": "", "tflops_of_attention": ""}
-        )
+    for queries in (1, 16, 64):
+        q, k, v = inputs(tokens, arguments.heads, arguments.kv_heads, arguments.dim, queries=queries)
+        cases = {
+            "flash": lambda q=q, k=k, v=v: _flash(q, k, v),
+            "output, entropy, max, argmax": lambda q=q, k=k, v=v: attention_statistics(
+                q, k, v, wanted, causal=False, implementation="triton"
+            ),
+        }
+        for mode, timed in (("graph", do_bench_cudagraph), ("launches", do_bench)):
+            plain = None
+            for name, run in cases.items():
+                low, median, high = timed(run, rep=arguments.repeat_ms, quantiles=[0.2, 0.5, 0.8])
+                plain = median if plain is None else plain
+                speed = 2 * k.numel() * k.element_size() / median / 1e9
+                case = f"decode, {queries} queries, {mode}: {name}"
+                print(
+                    f"  {tokens:>8} keys, {case:<58} {median:8.4f} ms [{low:.4f}, {high:.4f}] "
+                    f"{median / plain:6.2f} x flash  {speed:5.2f} TB/s",
+                    flush=True,
+                )
+                rows.append(
+                    known
+                    | {"tokens": tokens, "heads": arguments.heads, "kv_heads": arguments.kv_heads}
+                    | {"dim": arguments.dim, "dtype": "bfloat16", "case": case, "q20_ms": round(low, 4)}
+                    | {"median_ms": round(median, 4), "q80_ms": round(high, 4)}
+                    | {"ratio_to_flash": round(median / plain, 4)}
+                    | {"share_of_copy": round(speed / float(str(known["copy_tbps"])), 3)}
+                )
     return rows
 
 
@@ -214,19 +229,14 @@ def main() -> None:
     if not arguments.verified:
         require_green()
     product, copy = ceilings()
-    device = torch.cuda.get_device_properties(0)
-    facts: dict[str, object] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "gpu": device.name, "torch": torch.__version__,
-        "triton": triton.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0],
-        "matmul_tflops": round(product, 1), "copy_tbps": round(copy, 2),
-    }  # fmt: skip
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    known = facts() | {"triton": triton.__version__, "matmul_tflops": round(product, 1), "copy_tbps": round(copy, 2)}
+    print(", ".join(f"{name} {value}" for name, value in known.items()))
     rows = []
     for tokens in arguments.tokens:
-        rows += bench(tokens, arguments, facts)
+        rows += bench(tokens, arguments, known)
         torch.cuda.empty_cache()
     for tokens in arguments.decode_tokens:
-        rows += decode(tokens, arguments, facts)
+        rows += decode(tokens, arguments, known)
     append(RESULTS, rows)
 
 

@@ -5,7 +5,7 @@ The interpreter has no bfloat16 products; half precision is tested there in floa
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -187,3 +187,37 @@ def test_what_the_kernels_do_not_take_is_refused() -> None:
         StatisticsRequest(above=(1.5,))
     with pytest.raises(RequestError, match="causal"):
         attention_statistics(q, k, v, StatisticsRequest(diagonal=True), causal=False)
+
+
+@pytest.mark.skipif(
+    DEVICE == "cpu" or torch.cuda.get_device_capability()[0] != 9, reason="Hopper's kernels need its tensor cores"
+)
+@pytest.mark.parametrize(
+    ("queries", "keys", "dim", "causal"),
+    [
+        *((1000, 1000, 128, True), (1000, 1000, 64, True), (128, 128, 128, True), (257, 513, 128, False)),
+        *((70, 2000, 128, True), (300, 300, 64, False), (1, 1, 64, False)),
+    ],
+)
+def test_the_hopper_kernels_compute_what_the_reference_computes(monkeypatch, queries, keys, dim, causal):
+    from workbench.kernels.fused import hopper_pass
+
+    taken = []
+    takes = hopper_pass.takes
+    monkeypatch.setattr(hopper_pass, "takes", lambda *call: taken.append(takes(*call)) or taken[-1])
+    plain = dict.fromkeys(("distance", "spread", "mean_logit"), False)
+    for changed in ({}, {"argmax": False}, {"output": False}):
+        check(
+            keys, queries=queries, heads=(4, 2), dim=dim, dtype=HALF, causal=causal,
+            request=replace(ROWS | StatisticsRequest(column_sum=True, column_max=True), **plain, **changed),
+        )  # fmt: skip
+    assert taken and all(taken)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="deterministic on a device is what is asked")
+def test_two_runs_give_the_same_bits():
+    (q, k, v), _ = draw(2, 4, 2, 700, 700, 64, HALF)
+    request = StatisticsRequest(output=True, lse=True, entropy=True, argmax=True, column_sum=True, column_max=True)
+    first, second = (attention_statistics(q, k, v, request, implementation="triton") for _ in range(2))
+    for name in ("output", "lse", "entropy", "argmax", "column_sum", "column_max"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name

@@ -40,9 +40,18 @@ class FusedCall:
         """Float32 inputs are multiplied in float32, never in TF32."""
         return self.q.dtype == torch.float32
 
-    @cached_property
+    @property
+    def padded(self) -> bool:
+        return self.geometry.start is not None or self.geometry.end is not None
+
+    @property
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """First and end of each prompt's real keys; without padding kernels do not read them."""
+        """`real_keys` for a kernel, which reads them only where there is padding."""
+        return self.real_keys if self.padded else (self.none(), self.none())
+
+    @cached_property
+    def real_keys(self) -> tuple[Tensor, Tensor]:
+        """First and end of each prompt's real keys."""
         start, end, device = self.geometry.start, self.geometry.end, self.q.device
         low = (
             torch.zeros(len(self.q), dtype=torch.int32, device=device)
@@ -54,10 +63,10 @@ class FusedCall:
 
     def where_real(self, value: Tensor) -> Tensor:
         """`value` `[batch, head, query]`, zero at queries of padding (any other sees a key)."""
-        if self.geometry.start is None and self.geometry.end is None:
+        if not self.padded:
             return value
         place = torch.arange(self.geometry.queries, device=self.q.device) + self.geometry.query_offset
-        low, high = self.bounds
+        low, high = self.real_keys
         real = (place >= low[:, None]) & (place < high[:, None])
         return torch.where(real[:, None], value, 0.0)
 
@@ -70,7 +79,7 @@ class FusedCall:
             "CAUSAL": self.geometry.causal,
             "WINDOW": self.geometry.window_of(self.geometry.keys) is not None,
             "SOFTCAP": self.softcap is not None,
-            "PADDED": self.geometry.start is not None or self.geometry.end is not None,
+            "PADDED": self.padded,
         }
 
     @property

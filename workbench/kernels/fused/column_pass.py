@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from workbench.kernels.fused import hopper_pass
 from workbench.kernels.fused.call import FusedCall, strides
 from workbench.kernels.fused.columns import column_kernel
 from workbench.kernels.fused.tuning import tiles_for
@@ -20,7 +21,9 @@ def columns(call: FusedCall, request: StatisticsRequest, lse: Tensor, weights: T
         return {}
     keys = call.geometry.keys
     found = {name: call.empty(keys) for name in ("column_sum", "column_max") if getattr(request, name)}
-    if found:
+    if found and hopper_pass.takes(call):
+        hopper_pass.hopper_columns(call, lse, found.get("column_sum"), found.get("column_max"))
+    elif found:
         _launch(call, lse, sums=found.get("column_sum"), tops=found.get("column_max"))
     if weights is not None:
         found["column_weighted"] = call.empty(weights.shape[1], keys)
@@ -56,10 +59,9 @@ def _launch(
     tiles = tiles_for("columns", call.q.shape[-1], call.q.dtype, call.q.device)
     none, keys = call.none(), call.geometry.keys
     width = 1 if weights is None else weights.shape[-1]
-    low, high = call.bounds
-    since = low if last is None else (high - call.geometry.query_offset - last).clamp(min=0)
+    since = none if last is None else (call.real_keys[1] - call.geometry.query_offset - last).clamp(min=0)
     column_kernel[(triton.cdiv(keys, tiles.keys), len(call.q) * call.heads)](
-        call.q, call.k, lse, none if weights is None else weights, low, high, since,
+        call.q, call.k, lse, none if weights is None else weights, *call.bounds, since,
         *(none if array is None else array for array in (sums, tops, weighted, first)),
         *strides(call.q), *strides(call.k), *((0, 0) if weights is None else weights.stride()[:2]), *call.sizes,
         *call.numbers, math.log2(max(level, 1e-38)), call.q.shape[-1],

@@ -15,7 +15,8 @@ from workbench.kernels.fused.call import FusedCall, strides
 from workbench.kernels.fused.column_pass import columns
 from workbench.kernels.fused.feature_pass import features
 from workbench.kernels.fused.map_pass import block_maps, diagonals, removal_map
-from workbench.kernels.fused.pairs import band_kernel, pair_kernel
+from workbench.kernels.fused.pair_pass import on_device, pairs
+from workbench.kernels.fused.pairs import band_kernel
 from workbench.kernels.fused.row_pass import row_pass
 from workbench.kernels.fused.select import top_kernel
 from workbench.kernels.fused.tuning import tiles_for
@@ -87,30 +88,17 @@ def _lookups(call: FusedCall, request: StatisticsRequest, lse: Tensor, slots: Te
     """Mass at offsets and at listed keys, and the logit of the first visible key."""
     found = {}
     if request.offsets:
-        offsets = torch.tensor(request.offsets, dtype=torch.int32, device=lse.device)
-        found["offsets"] = _pairs(call, lse, offsets, None)
+        offsets = on_device(request.offsets, torch.int32, lse.device)
+        found["offsets"] = pairs(call, lse, offsets=offsets)
     if slots is not None:
-        found["at_keys"] = _pairs(call, lse, None, slots)
+        found["at_keys"] = pairs(call, lse, slots=slots[:, None])
     if request.first_logit:
-        first = call.bounds[0].long()[:, None, None].expand(-1, call.geometry.queries, 1)
+        first = call.real_keys[0].long()[:, None, None].expand(-1, call.geometry.queries, 1)
         if call.geometry.window is not None:
             place = torch.arange(call.geometry.queries, device=lse.device) + call.geometry.query_offset
             first = torch.maximum(first, (place - call.geometry.window + 1)[None, :, None])
-        found["first_logit"] = _pairs(call, lse, None, first.contiguous(), logit=True)[..., 0]
+        found["first_logit"] = pairs(call, lse, slots=first[:, None], logit=True)[..., 0]
     return found
-
-
-def _pairs(call: FusedCall, lse: Tensor, offsets: Tensor | None, slots: Tensor | None, logit: bool = False) -> Tensor:
-    listed = offsets if slots is None else slots
-    assert listed is not None
-    out = call.empty(call.geometry.queries, listed.shape[-1])
-    rows = 64
-    pair_kernel[(triton.cdiv(call.geometry.queries, rows), len(call.q) * call.heads)](
-        call.q, call.k, lse, listed, listed, *call.bounds, out, *strides(call.q), *strides(call.k),
-        *((0, 0) if slots is None else slots.stride()[:2]), *call.sizes, *call.numbers, call.q.shape[-1],
-        COUNT=listed.shape[-1], M=rows, OFFSET=slots is None, LOGIT=logit, num_warps=4, **call.flags,
-    )  # fmt: skip
-    return out
 
 
 def _bands(call: FusedCall, request: StatisticsRequest, lse: Tensor) -> dict[str, Tensor]:
@@ -124,7 +112,7 @@ def _bands(call: FusedCall, request: StatisticsRequest, lse: Tensor) -> dict[str
         out = call.empty(call.geometry.queries, len(wanted))
         grid = (triton.cdiv(call.geometry.queries, tiles.rows), len(call.q) * call.heads, len(wanted))
         band_kernel[grid](
-            call.q, call.k, lse, torch.tensor(wanted, dtype=dtype, device=lse.device), *call.bounds, out,
+            call.q, call.k, lse, on_device(tuple(wanted), dtype, lse.device), *call.bounds, out,
             *strides(call.q), *strides(call.k), *call.sizes, *call.numbers, call.q.shape[-1],
             COUNT=len(wanted), M=tiles.rows, N=tiles.keys, EXACT=call.exact, KIND=kind, num_warps=tiles.warps,
             num_stages=tiles.stages, **call.flags,

@@ -55,7 +55,7 @@ def diagonals(call: FusedCall, last: int, lse: Tensor) -> Tensor:
     keys = call.geometry.keys
     count = triton.cdiv(keys, DIAGONAL) + 1
     out = call.empty(count, 2, DIAGONAL)
-    low, high = call.bounds
+    low, high = call.real_keys
     # The last queries of a padded prompt end where its keys do.
     first = (high - call.geometry.query_offset - last).clamp(min=0)
     diagonal_kernel[(count, len(call.q) * call.heads)](

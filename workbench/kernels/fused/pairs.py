@@ -31,7 +31,7 @@ def _place(heads, queries, keys, START, END, M: tl.constexpr, PADDED: tl.constex
 @no_type_check
 def pair_kernel(
     Q, K, LSE, OFFSETS, SLOTS, START, END, OUT,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_sb, stride_sn,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_sb, stride_sh, stride_sn,
     heads, queries, keys, scale, softcap, window, D,
     COUNT: tl.constexpr, GROUP: tl.constexpr, D_PAD: tl.constexpr, M: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PADDED: tl.constexpr, OFFSET: tl.constexpr, LOGIT: tl.constexpr,
@@ -48,7 +48,7 @@ def pair_kernel(
         if OFFSET:
             key = place + tl.load(OFFSETS + slot)
         else:
-            listed = SLOTS + wide * stride_sb + row.to(tl.int64) * stride_sn + slot
+            listed = SLOTS + wide * stride_sb + head.to(tl.int64) * stride_sh + row.to(tl.int64) * stride_sn + slot
             key = tl.load(listed, mask=inside, other=-1).to(tl.int32)
         seen = visible(place, key, start, end, WINDOW, window, CAUSAL) & inside
         k_rows = k + tl.where(seen, key, 0).to(tl.int64)[:, None] * stride_kn

@@ -6,14 +6,18 @@ import torch
 import triton
 from torch import Tensor
 
+from workbench.kernels.fused import hopper_pass
 from workbench.kernels.fused.call import FusedCall, strides
 from workbench.kernels.fused.merge import merge_kernel
+from workbench.kernels.fused.pair_pass import pairs
 from workbench.kernels.fused.rows import row_kernel
 from workbench.kernels.fused.tuning import Tiles, tiles_for
 from workbench.kernels.request import StatisticsRequest
 
-# At most this many rows (queries x heads of a group) are taken together, their keys split among programs.
-PACKED_ROWS = 64
+# Up to so many queries, the heads of a group share their keys' tiles, and the keys are split among programs.
+FEW_QUERIES = 64
+# Rows (queries x heads of a group) of such a program at most.
+PACKED_ROWS = 128
 
 
 def row_pass(call: FusedCall, request: StatisticsRequest) -> dict[str, Tensor]:
@@ -31,30 +35,41 @@ def row_pass(call: FusedCall, request: StatisticsRequest) -> dict[str, Tensor]:
     return result
 
 
-def _splits(call: FusedCall, tiles: Tiles, lanes: int) -> tuple[int, int]:
+def _splits(call: FusedCall, tiles: Tiles, programs: int) -> tuple[int, int]:
     """How many programs share a row's keys, and the key tiles of each."""
     count = triton.cdiv(call.geometry.keys, tiles.keys)
     wanted = 16
     if call.q.device.type == "cuda":
         wanted = 2 * torch.cuda.get_device_properties(call.q.device).multi_processor_count
-    splits = max(1, min(triton.cdiv(wanted, lanes), triton.cdiv(count, 2)))
+    splits = max(1, min(triton.cdiv(wanted, programs), triton.cdiv(count, 2)))
     each = triton.cdiv(count, splits)
     return triton.cdiv(count, each), each
 
 
 def _launch(call: FusedCall, request: StatisticsRequest) -> dict[str, Tensor]:
     batch, heads, queries, dim = call.q.shape
-    packed = queries * call.group <= PACKED_ROWS and queries < call.geometry.keys
+    packed = queries <= FEW_QUERIES and queries < call.geometry.keys
+    beyond = request.mean_logit or request.distance or request.spread
+    if not packed and not beyond and hopper_pass.takes(call, call.v):
+        arrays = _arrays(call, request, ())
+        hopper_pass.hopper_rows(call, request, arrays)
+        if request.argmax and "max_logit" in arrays:
+            # The maximum was rounded to make room for its column: take that one logit again.
+            place = arrays["argmax"][..., None]
+            arrays["max_logit"] = pairs(call, arrays["lse"], slots=place, logit=True)[..., 0]
+        return arrays
     kind = "rows" if request.output else "rows only"
     tiles = tiles_for(kind, max(dim, call.v.shape[-1]), call.q.dtype, call.q.device)
     if packed:
-        tiles = tiles._replace(rows=max(16, 1 << (queries * call.group - 1).bit_length()), warps=4)
+        rows = min(PACKED_ROWS, max(16, 1 << (queries * call.group - 1).bit_length()))
+        tiles = tiles._replace(rows=rows, warps=min(tiles.warps, 8 if rows == PACKED_ROWS else 4))
     lanes = batch * (call.k.shape[1] if packed else heads)
-    splits, each = _splits(call, tiles, lanes) if packed else (1, 0)
+    blocks = triton.cdiv(queries * (call.group if packed else 1), tiles.rows)
+    splits, each = _splits(call, tiles, blocks * lanes) if packed else (1, 0)
     arrays = _arrays(call, request, (splits,) if splits > 1 else ())
     none = call.none()
     names = ("output", "lse", "max_logit", "argmax", "entropy", "mean_logit", "distance", "spread", "real")
-    row_kernel[(triton.cdiv(queries * (call.group if packed else 1), tiles.rows), lanes, splits)](
+    row_kernel[(blocks, lanes, splits)](
         call.q, call.k, call.v, none if call.sinks is None else call.sinks.float(), *call.bounds,
         *(arrays.get(name, none) for name in names), *strides(call.q), *strides(call.k), *strides(call.v),
         *call.sizes, each, *call.numbers, dim, call.v.shape[-1],
