@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from workbench.errors import RequestError
-from workbench.heads.clusters import cluster_heads, standardised
+from workbench.heads.clusters import cluster_heads, standardised, weights
 
 WIDTH = 10
 
@@ -57,6 +57,7 @@ def test_noise_has_no_structure_and_says_so():
 def test_the_map_is_that_of_a_singular_value_decomposition(planted):
     _, values = planted
     vectors = standardised(*tables(values)).values
+    vectors = vectors * weights(vectors)
     u, s, _ = np.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
     found = cluster_heads(*tables(values)).heads
     for column, i in (("x", 0), ("y", 1)):
@@ -78,7 +79,30 @@ def test_scores_do_not_depend_on_units_or_on_the_side_that_says_most(planted):
     plain = standardised(*tables(values)).values
     assert standardised(*tables(np.exp(3 * values))).values == pytest.approx(plain)
     assert standardised(*tables(-values, better="lower")).values == pytest.approx(plain)
-    assert plain.mean(0) == pytest.approx(0, abs=1e-12) and plain.std(0) == pytest.approx(1)
+    assert plain.mean(0) == pytest.approx(0, abs=1e-12) and plain.std(0) == pytest.approx(0.97, abs=0.01)
+
+
+def test_variants_of_one_detector_count_as_one(planted):
+    _, values = planted
+    one = standardised(*tables(values[:, [0, 2]])).values
+    noise = np.random.default_rng(5).normal(size=(100, 1)) * 1e-3
+    variants = [values[:, [0]], -values[:, [0]] + noise, values[:, [0]], values[:, [2]]]
+    many = standardised(*tables(np.column_stack(variants)))
+    assert weights(many.values) ** 2 == pytest.approx([1 / 3] * 3 + [1])
+
+    def distances(vectors):
+        scaled = vectors * weights(vectors)
+        return np.linalg.norm(scaled[:, None] - scaled[None], axis=-1)
+
+    assert distances(many.values) == pytest.approx(distances(one), abs=0.2)
+
+
+def test_a_single_head_that_stands_out_in_one_detector_is_no_cluster_in_noise():
+    """One score for all heads but one: were it scaled to variance 1, that head would be alone in every shuffle."""
+    values = np.random.default_rng(6).normal(size=(80, 6))
+    values[:, 5] = np.arange(80) == 7
+    found = cluster_heads(*tables(values))
+    assert found.null_highest < 0.25
 
 
 def test_detectors_that_cannot_serve_are_named_and_gaps_are_in_the_middle(planted):

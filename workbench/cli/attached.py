@@ -85,8 +85,8 @@ def predicted_peak(model: Model, settings: SurveySettings) -> str:
             sites = tuple(dict.fromkeys(site for detector in detectors for site in detector.sites))
             found.append(model.predict_memory(task.batch, statistics=wanted, sites=sites))
     if any(settings.probe_of(name) == "held_out" for name in settings.verify):
-        tasks = build_probe("held_out", model, settings.probes).tasks
-        found += [model.predict_memory(task.batch, loss=True) for task in tasks]
+        held_out = build_probe("held_out", model, settings.probes).tasks
+        found += [model.predict_memory(task.batch, loss=True) for task in held_out]
     if not found:
         return "Memory is not predicted for decoding alone."
     return f"Memory: {max(found, key=lambda prediction: prediction.peak)} (the largest pass)."

@@ -21,6 +21,7 @@ Array = NDArray[np.float64]
 # With the seven colours of a palette, shapes keep more clusters than that apart, and all of them in print.
 SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "triangle-down", "star", "hexagon", "bowtie")
 _CELL = 15
+_MOST_COLUMN_NAMES = 30
 _NAMED_SCORES = 4
 _HOVER = "<b>%{customdata[0]}</b>  %{customdata[1]}<br>%{customdata[2]}<extra></extra>"
 
@@ -34,10 +35,13 @@ def agreement_matrix(
     """
     if correlations.empty:
         raise RequestError("No pair of detectors to draw: agreement takes at least two.")
-    names = list(dict.fromkeys([*correlations["detector_a"], *correlations["detector_b"]]))
+    known = correlations[correlations["rho"].notna()]
+    names = list(dict.fromkeys([*known["detector_a"], *known["detector_b"]]))
+    if not names:
+        raise RequestError("No pair of detectors to draw: no two of them tell heads apart.")
     rho, hover = _square(correlations, names, titles or {})
     order = _beside(rho)
-    shown = [safe((titles or {}).get(names[i], names[i])) for i in order]
+    shown = [_short(safe((titles or {}).get(names[i], names[i])), 36) for i in order]
     grid = np.ix_(order, order)
     colours = palette(dark)
     last = len(colours.diverging) - 1
@@ -53,9 +57,11 @@ def agreement_matrix(
     places = list(range(len(names)))
     ticks = {"tickvals": places, "ticktext": shown, "showgrid": False, "fixedrange": True}
     figure.update_layout(
-        height=max(260, _CELL * len(names) + 170),
+        height=max(260, _CELL * len(names) + (170 if len(names) <= _MOST_COLUMN_NAMES else 60)),
         margin={"l": 40, "r": 64, "t": 16, "b": 40},
-        xaxis=ticks | {"tickangle": -60, "range": [-0.5, len(names) - 0.5]},
+        # Many names would run into each other; rows have them all, in the same order.
+        xaxis=ticks
+        | {"tickangle": -60, "range": [-0.5, len(names) - 0.5], "showticklabels": len(names) <= _MOST_COLUMN_NAMES},
         yaxis=ticks | {"range": [len(names) - 0.5, -0.5]},
     )
     heads = sorted({int(n) for n in correlations["heads"]})
@@ -63,8 +69,8 @@ def agreement_matrix(
     return with_caption(
         figure,
         f"Spearman's rank correlation of the scores of {counted} heads for each pair of {len(names)} detectors, each "
-        "turned so that a high score says most. Detectors that rank heads alike stand together. Point at a cell for "
-        "its interval (bootstrap over heads).",
+        "turned so that a high score says most; columns stand in the order of the rows. Detectors that rank heads "
+        "alike stand together. Point at a cell for its interval (bootstrap over heads).",
     )
 
 
@@ -74,7 +80,8 @@ def _square(
     place = {name: index for index, name in enumerate(names)}
     rho = np.full((len(names), len(names)), np.nan)
     hover = np.full(rho.shape, "", dtype=object)
-    for row in correlations.to_dict("records"):
+    both = correlations["detector_a"].isin(names) & correlations["detector_b"].isin(names)
+    for row in correlations[both].to_dict("records"):
         a, b = place[row["detector_a"]], place[row["detector_b"]]
         bounds = interval(row["low"], row["high"])
         told = f"{signed(row['rho'])} ({bounds})" if bounds else signed(row["rho"])

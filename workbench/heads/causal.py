@@ -72,5 +72,5 @@ def _run_gating(
     return fit_gates(model, task, wanted, progress=progress)
 
 
-CAUSAL = Kind("causal", "short prompts, each head ablated alone", _tasks, _run_causal)
+CAUSAL = Kind("causal", "short prompts, each head ablated alone", _tasks, _run_causal, costly=True)
 GATING = Kind("gating", "short prompts, every head behind a gate that is learned", _tasks, _run_gating, costly=True)

@@ -1,18 +1,20 @@
 """Kinds of heads: clusters of their scores over all detectors, and a map of heads in two dimensions.
 
 1. Each detector's scores, turned so that the largest says most, become ranks among the heads, and ranks become the
-   quantiles of a normal distribution (van der Waerden's scores), then have mean 0 and variance 1. Detectors with
-   different units, skews and outliers then count alike, while the top heads still stand apart.
+   quantiles of a normal distribution (van der Waerden's scores, mean 0). Detectors with different units, skews and
+   outliers then count alike, while the top heads still stand apart. Heads of one score share the middle rank, so that
+   a detector with few different scores varies less, and counts less.
 2. Where a detector has no score for a head, the head gets 0, the middle. Detectors that score fewer than half of the
    heads, or all the same, are left out and named.
-3. Ward's clusters of these vectors; their number is the one with the largest mean silhouette.
-4. The same search on vectors whose columns were shuffled apart, heads kept: what silhouette no structure gives. Found
+3. Detectors that rank heads nearly alike, or nearly the other way round (|r| above 0.9 between all of them), count
+   as one together: variants of one measure must not outvote the others.
+4. Ward's clusters of these vectors; their number is the one with the largest mean silhouette.
+5. The same search on vectors whose columns were shuffled apart, heads kept: what silhouette no structure gives. Found
    clusters whose silhouette is not above that are a way of cutting a cloud, and the result says so.
-5. Coordinates: the first two principal components, with their shares of variance and the detectors that carry
+6. Coordinates: the first two principal components, with their shares of variance and the detectors that carry
    them; or t-SNE, whose distances between far heads mean nothing.
 
-Detectors that measure nearly the same count twice, and so pull the clusters; drop some to see what stays. Clusters
-describe scores, they are no claim about what heads are for.
+Clusters describe scores, they are no claim about what heads are for.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 from scipy import stats
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
 
 from workbench.errors import RequestError
 from workbench.heads.agreement import strengths
@@ -35,16 +39,18 @@ LEAST_HEADS, LEAST_DETECTORS = 4, 2
 SHUFFLES = 10
 # Heads whose silhouettes are averaged: distances between all of them are held at once.
 MOST_SILHOUETTES = 2000
-# A detector marks a cluster whose mean score is this many standard deviations above that of all heads.
+# A detector marks a cluster whose mean normal score is at least this.
 MARKS = 0.75
 NAMED = 2
+# Absolute correlation from which detectors count as variants of one.
+ALIKE = 0.9
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
 class HeadMap:
     """`heads`: layer, head, cluster, x, y, silhouette. `clusters`: cluster, name, size, detectors (those that mark it,
-    strongest first, by name), strength (their mean scores, in standard deviations). `left_out`: detectors that could
+    strongest first, by name), strength (their mean normal scores). `left_out`: detectors that could
     not be used, with the reason. `axes`: what the coordinates are.
 
     `silhouette` is the mean over heads, from -1 to 1; `null_silhouette` and `null_highest` are its mean and maximum
@@ -67,7 +73,7 @@ class HeadMap:
 
 
 class _Vectors(NamedTuple):
-    """Standardised scores: heads by detectors."""
+    """Normal scores: heads by detectors."""
 
     index: pd.MultiIndex
     detectors: list[str]
@@ -86,16 +92,17 @@ def cluster_heads(scores: pd.DataFrame, detectors: pd.DataFrame, *, method: Meth
         raise RequestError(f"method={method!r} makes no map; choose one of {', '.join(METHODS)}.")
     vectors = standardised(scores, detectors)
     rng = np.random.default_rng(seed)
-    found = _partition(vectors.values, rng)
-    nulls = [_partition(rng.permuted(vectors.values, axis=0), rng).silhouette for _ in range(SHUFFLES)]
+    weighted = vectors.values * weights(vectors.values)
+    found = _partition(weighted, rng)
+    nulls = [_partition(rng.permuted(weighted, axis=0), rng).silhouette for _ in range(SHUFFLES)]
     labels = _by_size(found.labels)
     titles = dict(zip(detectors["detector"], detectors["title"], strict=True))
-    x, y, axes = _coordinates(vectors, method, seed, titles)
+    x, y, axes = _coordinates(vectors._replace(values=weighted), method, seed, titles)
     heads = pd.DataFrame(
         {
             "layer": vectors.index.get_level_values("layer").to_numpy(),
             "head": vectors.index.get_level_values("head").to_numpy(),
-            "cluster": labels, "x": x, "y": y, "silhouette": _silhouettes(vectors.values, labels),
+            "cluster": labels, "x": x, "y": y, "silhouette": _silhouettes(weighted, labels),
         }
     )  # fmt: skip
     return HeadMap(
@@ -120,9 +127,20 @@ def standardised(scores: pd.DataFrame, detectors: pd.DataFrame) -> _Vectors:
         )
     ranks = used.rank() / (used.notna().sum() + 1)
     normal = pd.DataFrame(stats.norm.ppf(ranks), index=used.index, columns=used.columns)
-    values = ((normal - normal.mean()) / normal.std(ddof=0)).fillna(0.0)
+    values = (normal - normal.mean()).fillna(0.0)
     index = pd.MultiIndex.from_tuples(list(values.index), names=["layer", "head"])
     return _Vectors(index, [str(name) for name in used.columns], values.to_numpy(dtype=float), left_out)
+
+
+def weights(values: Float[np.ndarray, "head detector"]) -> Float[np.ndarray, " detector"]:
+    """Factors by which the detectors of a group of like ones together count as one."""
+    if values.shape[1] < 2:
+        return np.ones(values.shape[1])
+    alike = np.abs(np.corrcoef(values, rowvar=False))
+    distance = np.clip(1 - (alike + alike.T) / 2, 0, 1)
+    np.fill_diagonal(distance, 0)
+    groups = fcluster(linkage(squareform(distance, checks=False), "complete"), 1 - ALIKE, criterion="distance")
+    return np.asarray(1 / np.sqrt(np.bincount(groups)[groups]))
 
 
 def _partition(values: Float[np.ndarray, "head detector"], rng: np.random.Generator) -> _Partition:

@@ -175,7 +175,9 @@ def fit(
     a, b = (np.array([_balanced(hits[draw], counts[draw]) for draw in draws]) for hits, counts in (own, other))
     accuracy, baseline = _balanced(*own), _balanced(*other)
     bounds = [float(bound) for values in (a, b, a - b) for bound in np.nanpercentile(values, [2.5, 97.5])]
-    return Fit(accuracy, *bounds[:2], baseline, *bounds[2:4], accuracy - baseline, *bounds[4:])
+    return Fit(
+        accuracy, bounds[0], bounds[1], baseline, bounds[2], bounds[3], accuracy - baseline, bounds[4], bounds[5]
+    )
 
 
 def control_labels(

@@ -16,6 +16,7 @@ from workbench.reports.source import RunLike, frame, head_name
 
 PAIRS = 8
 SHOWN_HEADS = 6
+MARKS = 8
 Plan = tuple[str, str, Callable[[bool], Any]]
 
 
@@ -84,7 +85,7 @@ def atlas_charts(run: RunLike, known: Catalogue) -> Iterator[Plan]:
         yield "headmap", "head-map", partial(_scatter, heads, clusters, axes, scores, known.titles())
     if scores is not None and (pairs is not None or heads is not None) and "rank" in scores:
         yield "multiples", "rank-maps", partial(_multiples, scores, known.titles())
-    if pairs is not None:
+    if pairs is not None and pairs["rho"].notna().any():
         yield "agreement", "agreement", partial(_matrix, pairs, known.titles())
 
 
@@ -117,6 +118,7 @@ def _clusters(
         own = heads[heads["cluster"] == row["cluster"]].nlargest(SHOWN_HEADS, "silhouette")
         marks = zip(str(row["detectors"]).split(), str(row["strength"]).split(), strict=False)
         told = [f"{titles.get(name, name)} {signed(float(mean))}" for name, mean in marks]
+        told = [*told[:MARKS], f"{len(told) - MARKS} more"] if len(told) > MARKS + 1 else told
         found.append(
             Cluster(
                 name=str(row["name"]),

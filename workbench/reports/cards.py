@@ -16,6 +16,8 @@ from workbench.reports.source import RunLike, frame, head_name
 
 MOST_CARDS = 12
 MOST_CURVES = 4
+# Scores on one card; of more, those where the head ranks best.
+MOST_BARS = 16
 _EXTREME = {"higher": "highest", "lower": "lowest", "either": "largest"}
 
 
@@ -89,7 +91,7 @@ def cards(run: RunLike, known: Catalogue, found: list[Pattern]) -> list[Card]:
                 layer=layer,
                 index=head,
                 roles=tuple(_role(bar) for bar in named),
-                bars=bars,
+                bars=_best(bars),
                 patterns=tuple(p for p in found if p.head == name),
                 curve=f"curve-{name}" if (layer, head) in curved else None,
                 shown=tuple(bar.detector.name for bar in named),
@@ -97,6 +99,14 @@ def cards(run: RunLike, known: Catalogue, found: list[Pattern]) -> list[Card]:
         )
     # cards with curves or patterns take the whole width; the short ones follow side by side
     return sorted(result, key=lambda card: not (card.curve or card.patterns))
+
+
+def _best(bars: tuple[Bar, ...]) -> tuple[Bar, ...]:
+    """The bars that say most of a head, in the order of the detectors; the head table has the others."""
+    if len(bars) <= MOST_BARS:
+        return bars
+    kept = sorted(bars, key=lambda bar: (not bar.passes, bar.last))[:MOST_BARS]
+    return tuple(bar for bar in bars if bar in kept)
 
 
 def _ranked(scores: pd.DataFrame, known: Catalogue) -> pd.DataFrame:

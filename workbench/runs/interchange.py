@@ -128,7 +128,7 @@ def read_duo(
 
 
 def _read_tsv(file: Path) -> Float[np.ndarray, "layer kv_head"]:
-    table = []
+    table: list[list[float]] = []
     for number, line in enumerate(read_text(file).splitlines(), 1):
         if not line.strip():
             continue
@@ -151,7 +151,7 @@ def _grid(rows: pd.DataFrame, detector: str) -> Float[np.ndarray, "layer head"]:
     full = wide.reindex(index=range(int(rows["layer"].max()) + 1), columns=range(int(rows["head"].max()) + 1))
     if full.isna().any(axis=None):
         raise RequestError(f"{detector!r} has no score for some heads; DuoAttention's table needs every one.")
-    return full.to_numpy(dtype=float)
+    return np.asarray(full, dtype=float)
 
 
 def _is_size(value: object) -> bool:
