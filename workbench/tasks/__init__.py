@@ -25,6 +25,8 @@ from .needles import NEEDLES as NEEDLES
 from .needles import PUBLISHED_NEEDLES as PUBLISHED_NEEDLES
 from .needles import REASONING_NEEDLES as REASONING_NEEDLES
 from .needles import Needle as Needle
+from .pairs import KnownCircuit as KnownCircuit
+from .pairs import PairTask as PairTask
 from .plain import one_token as one_token
 from .plain import random_tokens as random_tokens
 from .repeats import repeated_tokens as repeated_tokens
