@@ -101,11 +101,13 @@ def test_a_perfect_copier_scores_one_and_a_shifted_one_nothing():
 
 def test_every_metric_says_its_unit_and_direction():
     assert set(METRICS) == {
-        "induction_loss", "copy_accuracy", "held_out_loss", "answer_log_probability", "answer_match"
+        "induction_loss", "copy_accuracy", "held_out_loss", "answer_log_probability", "answer_match",
+        "perplexity_prose", "perplexity_code",
     }  # fmt: skip
     for metric in [*METRICS.values(), NEEDLE_RECALL]:
-        assert metric.unit in ("nats per token", "share")
-        assert metric.better == ("lower" if metric.name.endswith("loss") else "higher")
+        perplexity = metric.name.startswith("perplexity")
+        assert metric.unit in (("perplexity",) if perplexity else ("nats per token", "share"))
+        assert metric.better == ("lower" if perplexity or metric.name.endswith("loss") else "higher")
 
 
 @pytest.mark.parametrize(

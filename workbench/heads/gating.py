@@ -66,11 +66,11 @@ class Gates:
 
     @property
     def interfering(self) -> Array:
-        return 1 - self.up
+        return np.asarray(1 - self.up)
 
     @property
     def irrelevant(self) -> Array:
-        return self.up * (1 - self.down)
+        return np.asarray(self.up * (1 - self.down))
 
     def role(self, layer: int, head: int) -> Role:
         """The role whose score, mean over masks, is the largest."""

@@ -32,7 +32,7 @@ def influence(
     chosen = list(heads)
     if not chosen:
         raise RequestError("No heads to mask; name some, e.g. the top of detector 'json_retrieval'.")
-    if isinstance(documents, str) or not isinstance(documents, Mapping) or not documents:
+    if not isinstance(documents, Mapping) or not documents:
         raise RequestError("documents: give texts by domain, e.g. {'prose': [...], 'code': [...]}.")
     if not 0 < selected <= 1:
         raise RequestError(f"selected={selected}: a share above 0 and up to 1 is needed.")

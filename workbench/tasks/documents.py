@@ -134,9 +134,9 @@ def document_queries(
         places.append(place)
         cells["asked"].append(_build(tokenizer, turn, chosen, place, gold.question))
         cells["none"].append(_build(tokenizer, turn, chosen, place, NO_QUERY))
-    for (asked, spans, _), (calibrating, _, _) in zip(cells["asked"], cells["none"], strict=True):
+    for (with_query, spans, _), (without, _, _) in zip(cells["asked"], cells["none"], strict=True):
         end = spans[f"document_{documents - 1}"][1]
-        if asked[:end] != calibrating[:end]:
+        if with_query[:end] != without[:end]:
             raise RequestError("This tokenizer cuts the documents differently with another query behind them.")
     settings = {"prompts": prompts, "documents": documents, "chat": turn.chat}
     asked, none = (

@@ -1,57 +1,24 @@
-"""What a fact is hidden in: prose cut to tokens, a place behind a sentence, and the frame of question and answer.
+"""What a fact is hidden in: prose cut to tokens, a place behind a sentence, and the question about it.
 
 Shared by the tasks that hide something in a long text; see `needle` for the order of things.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from transformers import PreTrainedTokenizerBase
 
 from workbench.errors import RequestError
 from workbench.tasks import corpus
-from workbench.tasks.encoding import Encoded, Prefix, default_prefix, encode
+from workbench.tasks.encoding import Encoded, encode
+from workbench.tasks.turns import Turn
 
 PLAIN = "{context}\n\nBased on the content of the book, Question: {question}\nAnswer:"
 CHAT = "<book>{context}</book>\nBased on the content of the book, Question: {question}\nAnswer:"
 
 
-@dataclass(frozen=True)
-class Frame:
-    """What stands around the user's words, and what each prompt begins with."""
-
-    before: str
-    after: str
-    prefix: Prefix
-    chat: bool
-
-    def prompt(self, context: str, question: str) -> str:
-        """What the model is asked about a book."""
-        return self.turn((CHAT if self.chat else PLAIN).format(context=context, question=question))
-
-    def turn(self, words: str) -> str:
-        """The words as the model reads them."""
-        return self.before + words + self.after
-
-
-def frame_of(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> Frame:
-    """``chat``: None uses the tokenizer's chat template if there is one, False never, True insists on it."""
-    template = bool(getattr(tokenizer, "chat_template", None))
-    if chat and not template:
-        raise RequestError(
-            f"chat=True, but {type(tokenizer).__name__} has no chat template; pass chat=False or nothing."
-        )
-    if chat is False or not template:
-        return Frame("", "", default_prefix(tokenizer), chat=False)
-    mark = "\u2063workbench\u2063"
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
-    )
-    before, found, after = str(rendered).partition(mark)
-    if not found:
-        raise RequestError("The chat template does not repeat the user's words; pass chat=False.")
-    return Frame(before, after, Prefix((), "chat template: the special tokens that it writes"), chat=True)
+def about_book(turn: Turn, context: str, question: str) -> str:
+    """The prompt that asks about a book."""
+    return turn.around((CHAT if turn.chat else PLAIN).format(context=context, question=question))
 
 
 class Haystack:
@@ -64,18 +31,24 @@ class Haystack:
 
     def first(self, tokens: int) -> str:
         """The text of about so many tokens."""
+        if tokens < 1:
+            return ""
         while len(self._encoded.ids) < tokens:
             wanted = max(2 * len(self._encoded.text), 8 * tokens)
             while len(self._text) < wanted:
                 self._text += "\n\n" + self._text
             self._encoded = encode(self._tokenizer, self._text[:wanted])
-        return self._text[: self._encoded.offsets[tokens - 1][1]] if tokens else ""
+        return self._text[: self._encoded.offsets[tokens - 1][1]]
+
+
+def sentence_before(hay: str, at: float) -> int:
+    """The character behind the last sentence that ends at or before one; 0 if none does."""
+    return max(end for end in [0, *corpus.sentence_ends(hay)] if end <= at)
 
 
 def hidden(tokenizer: PreTrainedTokenizerBase, hay: str, needle: str, percent: float) -> str:
     """The haystack with a needle at a depth, moved left until it stands behind a sentence."""
-    target = _characters(tokenizer, hay, percent)
-    at = max(end for end in [0, *corpus.sentence_ends(hay)] if end <= target)
+    at = sentence_before(hay, _characters(tokenizer, hay, percent))
     # At full depth nothing stands behind the needle, not even the beginning of a sentence.
     left, right = hay[:at], "" if percent == 100 else hay[at:]
     return f"{left} {needle}{right}" if left else f"{needle} {right}".rstrip()
@@ -86,6 +59,11 @@ def _characters(tokenizer: PreTrainedTokenizerBase, hay: str, percent: float) ->
     offsets = encode(tokenizer, hay).offsets
     token = int(len(offsets) * percent / 100)
     return offsets[token][0] if token < len(offsets) else len(hay)
+
+
+def shifted(spans: dict[str, tuple[int, int]], by: int) -> dict[str, tuple[int, int]]:
+    """Half-open token runs, moved behind a prefix."""
+    return {name: (first + by, last + by) for name, (first, last) in spans.items()}
 
 
 def refuse_straddling(whole: Encoded, token: int, start: int) -> None:

@@ -26,9 +26,10 @@ from workbench.errors import RequestError
 from workbench.models import Batch
 from workbench.tasks import corpus
 from workbench.tasks.encoding import encode, padding_id
-from workbench.tasks.haystack import Frame, frame_of, refuse_straddling
+from workbench.tasks.haystack import refuse_straddling
 from workbench.tasks.needle import align, per_query
 from workbench.tasks.task import NONE, Task
+from workbench.tasks.turns import Turn
 
 KEY_LENGTH = 32
 LONGEST_VALUE = 30
@@ -70,10 +71,10 @@ def json_retrieval(
             f"prompts={prompts}, pairs={pairs}: ask for at least one prompt of {SHOTS + 1} pairs, one for each of "
             f"{SHOTS} shots and one for the question."
         )
-    frame, rng = frame_of(tokenizer, chat), np.random.default_rng(seed)
+    turn, rng = Turn.of(tokenizer, chat), np.random.default_rng(seed)
     sentences = _sentences(tokenizer, rng, prompts * pairs)
     samples = [
-        _sample(tokenizer, frame, rng, sentences[first : first + pairs])
+        _sample(tokenizer, turn, rng, sentences[first : first + pairs])
         for first in range(0, prompts * pairs, pairs)
     ]  # fmt: skip
     longest = max(len(sample.ids) for sample in samples)
@@ -85,11 +86,11 @@ def json_retrieval(
     settings: dict[str, object] = {
         "pairs": pairs,
         "shots": SHOTS,
-        "chat": frame.chat,
+        "chat": turn.chat,
         "dropped_answer_tokens": sum(sample.answer_keys.count(NONE) for sample in samples),
         "corpus_sha256": corpus.digest(sample.text for sample in samples),
     }
-    return _assemble(tokenizer, frame, samples, seed, settings)
+    return _assemble(tokenizer, turn, samples, seed, settings)
 
 
 def _sentences(tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator, wanted: int) -> list[str]:
@@ -116,9 +117,7 @@ def _sentences(tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator, wan
     )
 
 
-def _sample(
-    tokenizer: PreTrainedTokenizerBase, frame: Frame, rng: np.random.Generator, values: Sequence[str]
-) -> _Sample:
+def _sample(tokenizer: PreTrainedTokenizerBase, turn: Turn, rng: np.random.Generator, values: Sequence[str]) -> _Sample:
     letters = list(string.ascii_letters + string.digits)
     keys = ["".join(rng.choice(letters, KEY_LENGTH)) for _ in values]
     context = json.dumps(dict(zip(keys, values, strict=True)))
@@ -127,7 +126,7 @@ def _sample(
     words += "".join(f"{_QUESTION.format(key=keys[shot])}{values[shot]}\n\n" for shot in shots)
     question = _QUESTION.format(key=keys[asked])
     # A chat template writes its own line break before the reply.
-    prompt = frame.turn(words + (question.rstrip("\n") if frame.chat else question))
+    prompt = turn.around(words + (question.rstrip("\n") if turn.chat else question))
     whole = encode(tokenizer, prompt + values[asked])
     answer_at, context_at = len(prompt), prompt.index(context)
     source_at = context_at + context.index(json.dumps(values[asked])) + 1
@@ -145,9 +144,9 @@ def _sample(
             f"{found.count(NONE)} of {len(found)} tokens of {values[asked]!r} are cut differently in the object with "
             "this tokenizer, too many to follow; pass the other setting of chat."
         )
-    shift = len(frame.prefix.ids)
+    shift = len(turn.prefix.ids)
     return _Sample(
-        ids=(*frame.prefix.ids, *whole.ids),
+        ids=(*turn.prefix.ids, *whole.ids),
         text=whole.text,
         answer_start=spans["answer"][0] + shift,
         answer_keys=tuple(key + shift if key != NONE else NONE for key in found),
@@ -158,7 +157,7 @@ def _sample(
 
 def _assemble(
     tokenizer: PreTrainedTokenizerBase,
-    frame: Frame,
+    turn: Turn,
     samples: Sequence[_Sample],
     seed: int,
     settings: dict[str, object],
@@ -176,11 +175,11 @@ def _assemble(
         name="json_retrieval",
         caption=(
             f"{len(samples)} JSON objects of {settings['pairs']} pairs with random keys and sentences from pydoc's "
-            f"topics, asked for one value after {SHOTS} examples; {frame.prefix.policy}."
+            f"topics, asked for one value after {SHOTS} examples; {turn.prefix.policy}."
         ),
         seed=seed,
         batch=batch,
-        specials=frame.prefix.policy,
+        specials=turn.prefix.policy,
         answer_ids=torch.where(positions == NONE, NONE, batch.ids.gather(1, positions.clamp(min=0) + 1)),
         answer_positions=positions,
         answer_keys=keys,

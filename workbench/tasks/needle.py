@@ -32,9 +32,10 @@ from workbench.errors import RequestError
 from workbench.models import Batch
 from workbench.tasks import corpus
 from workbench.tasks.encoding import Encoded, encode, padding_id
-from workbench.tasks.haystack import Frame, Haystack, frame_of, hidden, refuse_straddling
+from workbench.tasks.haystack import Haystack, about_book, hidden, refuse_straddling, shifted
 from workbench.tasks.needles import NEEDLES, Needle
 from workbench.tasks.task import NONE, Task, Value
+from workbench.tasks.turns import Turn
 
 LEAST_HAYSTACK = 32
 LEAST_ALIGNED = 0.5
@@ -70,8 +71,8 @@ def needle_grid(
             f"lengths={list(lengths)}, depths={depths}, {len(needles)} needles: the grid is empty; "
             "ask for at least one of each."
         )
-    frame = frame_of(tokenizer, chat)
-    _check_lengths(tokenizer, frame, needles, lengths)
+    turn = Turn.of(tokenizer, chat)
+    _check_lengths(tokenizer, turn, needles, lengths)
     percents = [float(percent) for percent in np.linspace(0, 100, depths)] if depths > 1 else [50.0]
     starts = np.random.default_rng(seed).integers(0, 2**31, size=len(needles))
     cells: list[_Prompt] = []
@@ -80,7 +81,7 @@ def needle_grid(
         haystack = Haystack(tokenizer, int(start))
         for length in lengths:
             for percent in percents:
-                cell = _fit(tokenizer, frame, haystack, needle, length, percent)
+                cell = _fit(tokenizer, turn, haystack, needle, length, percent)
                 cells.append(cell)
                 info.append(
                     {
@@ -94,7 +95,7 @@ def needle_grid(
                 )
     return _assemble(
         tokenizer,
-        frame,
+        turn,
         cells,
         answers=tuple(needle.answer for needle in needles for _ in range(len(lengths) * len(percents))),
         info=tuple(info),
@@ -103,22 +104,22 @@ def needle_grid(
             "lengths": list(lengths),
             "depths": percents,
             "needles": [needle.name for needle in needles],
-            "chat": frame.chat,
+            "chat": turn.chat,
             "dropped_answer_tokens": sum(cell.answer_keys.count(NONE) for cell in cells),
             "corpus_sha256": corpus.digest(cell.text for cell in cells),
         },
     )
 
 
-def _lead(frame: Frame, needle: Needle) -> str:
+def _lead(turn: Turn, needle: Needle) -> str:
     """What stands between the prompt and the answer."""
-    return (needle.reply or needle.lead) if frame.chat else " "
+    return (needle.reply or needle.lead) if turn.chat else " "
 
 
 def _check_lengths(
-    tokenizer: PreTrainedTokenizerBase, frame: Frame, needles: Sequence[Needle], lengths: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase, turn: Turn, needles: Sequence[Needle], lengths: Sequence[int]
 ) -> None:
-    least = LEAST_HAYSTACK + max(_overhead(tokenizer, frame, needle) for needle in needles)
+    least = LEAST_HAYSTACK + max(_overhead(tokenizer, turn, needle) for needle in needles)
     if min(lengths) < least:
         raise RequestError(
             f"A length of {min(lengths)} tokens is too short for needle, question and answer; the minimum "
@@ -126,34 +127,34 @@ def _check_lengths(
         )
 
 
-def _overhead(tokenizer: PreTrainedTokenizerBase, frame: Frame, needle: Needle) -> int:
-    bare = frame.prompt(needle.text, needle.question) + _lead(frame, needle) + needle.answer
-    return len(frame.prefix.ids) + len(encode(tokenizer, bare).ids)
+def _overhead(tokenizer: PreTrainedTokenizerBase, turn: Turn, needle: Needle) -> int:
+    bare = about_book(turn, needle.text, needle.question) + _lead(turn, needle) + needle.answer
+    return len(turn.prefix.ids) + len(encode(tokenizer, bare).ids)
 
 
 def _fit(
     tokenizer: PreTrainedTokenizerBase,
-    frame: Frame,
+    turn: Turn,
     haystack: Haystack,
     needle: Needle,
     length: int,
     percent: float,
 ) -> _Prompt:
     """Cut the haystack until the whole prompt fits; joints can cost a token or two."""
-    budget = length - _overhead(tokenizer, frame, needle)
+    budget = length - _overhead(tokenizer, turn, needle)
     while True:
-        cell = _build(tokenizer, frame, haystack.first(budget), needle, percent)
+        cell = _build(tokenizer, turn, haystack.first(budget), needle, percent)
         excess = len(cell.ids) - length
         if excess <= 0:
             return cell
         budget -= excess
 
 
-def _build(tokenizer: PreTrainedTokenizerBase, frame: Frame, hay: str, needle: Needle, percent: float) -> _Prompt:
+def _build(tokenizer: PreTrainedTokenizerBase, turn: Turn, hay: str, needle: Needle, percent: float) -> _Prompt:
     context = hidden(tokenizer, hay, needle.text, percent)
-    prompt = frame.prompt(context, needle.question)
-    reply_at, answer_at = len(prompt), len(prompt) + len(_lead(frame, needle))
-    whole = encode(tokenizer, prompt + _lead(frame, needle) + needle.answer)
+    prompt = about_book(turn, context, needle.question)
+    reply_at, answer_at = len(prompt), len(prompt) + len(_lead(turn, needle))
+    whole = encode(tokenizer, prompt + _lead(turn, needle) + needle.answer)
     needle_at, question_at = prompt.index(needle.text), prompt.rindex(needle.question)
     source_at = needle_at + len(needle.lead)
     reply, answer = (whole.tokens_in(at, len(whole.text)) for at in (reply_at, answer_at))
@@ -164,7 +165,7 @@ def _build(tokenizer: PreTrainedTokenizerBase, frame: Frame, hay: str, needle: N
     context_at = prompt.index(context)
     context_span = whole.tokens_in(context_at, context_at + len(context))
     hay_tokens = context_span[1] - context_span[0] - (needle_span[1] - needle_span[0])
-    shift = len(frame.prefix.ids)
+    shift = len(turn.prefix.ids)
     keys = align(whole, answer, answer_at, source, source_at)
     if sum(key != NONE for key in keys) < LEAST_ALIGNED * len(keys):
         raise RequestError(
@@ -179,12 +180,12 @@ def _build(tokenizer: PreTrainedTokenizerBase, frame: Frame, hay: str, needle: N
         "answer": answer,
     }
     return _Prompt(
-        ids=(*frame.prefix.ids, *whole.ids),
+        ids=(*turn.prefix.ids, *whole.ids),
         text=whole.text,
         reply_start=reply[0] + shift,
         answer_start=answer[0] + shift,
         answer_keys=tuple(key + shift if key != NONE else NONE for key in keys),
-        spans={name: (first + shift, last + shift) for name, (first, last) in spans.items()},
+        spans=shifted(spans, shift),
         depth=100 * (needle_span[0] - context_span[0]) / max(hay_tokens, 1),
     )
 
@@ -204,7 +205,7 @@ def align(
 
 def _assemble(
     tokenizer: PreTrainedTokenizerBase,
-    frame: Frame,
+    turn: Turn,
     cells: Sequence[_Prompt],
     answers: tuple[str, ...],
     info: tuple[dict[str, Value], ...],
@@ -220,16 +221,16 @@ def _assemble(
         positions[index, :n] = torch.arange(cell.answer_start - 1, cell.answer_start - 1 + n)
         keys[index, :n] = torch.tensor(cell.answer_keys)
     ids = torch.where(positions == NONE, NONE, batch.ids.gather(1, positions.clamp(min=0) + 1))
-    how = "in a chat turn" if frame.chat else "as plain text"
+    how = "in a chat turn" if turn.chat else "as plain text"
     return Task(
         name="needle",
         caption=(
             f"{len(cells)} prompts that hide a needle in prose from pydoc's topics and ask for it {how} "
-            f"(up to {max(settings['lengths'])} tokens); {frame.prefix.policy}."  # type: ignore[call-overload]
+            f"(up to {max(settings['lengths'])} tokens); {turn.prefix.policy}."  # type: ignore[call-overload]
         ),
         seed=seed,
         batch=batch,
-        specials=frame.prefix.policy,
+        specials=turn.prefix.policy,
         answer_ids=ids,
         answer_positions=positions,
         answer_keys=keys,

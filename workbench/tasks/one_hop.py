@@ -25,8 +25,9 @@ from workbench.errors import RequestError
 from workbench.models import Batch
 from workbench.tasks import corpus
 from workbench.tasks.encoding import encode, padding_id
+from workbench.tasks.haystack import Haystack, sentence_before, shifted
 from workbench.tasks.task import NONE, Task, Value
-from workbench.tasks.turns import Haystack, Turn, check_counts, sentence_before, shifted
+from workbench.tasks.turns import Turn, check_counts
 
 LEAST_HAYSTACK = 32
 _TEMPLATE = (
@@ -256,7 +257,7 @@ def _reply(turn: Turn, needle: OneHop) -> str:
 def _build(
     tokenizer: PreTrainedTokenizerBase, turn: Turn, hay: str, needle: OneHop, share: float, rng: np.random.Generator
 ) -> _Cell:
-    at = sentence_before(hay, share)
+    at = sentence_before(hay, share * len(hay))
     left, right = hay[:at], hay[at:]
     context = f"{left} {needle.text}{right}" if left else f"{needle.text} {right}"
     prompt = _prompt(turn, needle, context)

@@ -18,8 +18,9 @@ from workbench.errors import RequestError
 from workbench.models import Batch
 from workbench.tasks import corpus
 from workbench.tasks.encoding import default_prefix, encode, padding_id
+from workbench.tasks.haystack import Haystack, sentence_before
 from workbench.tasks.task import NONE, Task
-from workbench.tasks.turns import Haystack, check_counts, sentence_before
+from workbench.tasks.turns import check_counts
 
 WORDS = (
     "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa quebec romeo "
@@ -116,7 +117,7 @@ def _build(
 ) -> _Cell:
     book, used = "", 0
     for ordinal, secret, share in zip(ORDINALS, secrets, shares, strict=False):
-        at = max(used, sentence_before(hay, share))
+        at = max(used, sentence_before(hay, share * len(hay)))
         book += f"{hay[used:at]} {_NEEDLE.format(ordinal=ordinal, words=secret)}"
         used = at
     text = _BEFORE + (book + hay[used:]).strip() + _AFTER

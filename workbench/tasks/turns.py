@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from workbench.errors import RequestError
-from workbench.tasks import corpus
-from workbench.tasks.encoding import Encoded, Prefix, default_prefix, encode
+from workbench.tasks.encoding import Prefix, default_prefix
 
 # Stands for the user's words while the template is rendered; occurs in no text.
 _MARK = "\u2063workbench\u2063"
@@ -46,37 +44,6 @@ class Turn:
     def around(self, words: str) -> str:
         """The prompt that asks these words."""
         return self.before + words + self.after
-
-
-class Haystack:
-    """Contiguous prose from a random start on, tokenised once and as long as it was asked for."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
-        self._tokenizer = tokenizer
-        self._text = corpus.prose_text(int(np.random.default_rng(seed).integers(0, 2**31)))
-        self._encoded = Encoded("", (), ())
-
-    def first(self, tokens: int) -> str:
-        """The text of about so many tokens."""
-        if tokens < 1:
-            return ""
-        while len(self._encoded.ids) < tokens:
-            wanted = max(2 * len(self._encoded.text), 8 * tokens)
-            while len(self._text) < wanted:
-                self._text += "\n\n" + self._text
-            self._encoded = encode(self._tokenizer, self._text[:wanted])
-        return self._text[: self._encoded.offsets[tokens - 1][1]]
-
-
-def shifted(spans: dict[str, tuple[int, int]], by: int) -> dict[str, tuple[int, int]]:
-    """Half-open token runs, moved behind a prefix."""
-    return {name: (first + by, last + by) for name, (first, last) in spans.items()}
-
-
-def sentence_before(hay: str, share: float) -> int:
-    """The character behind the last sentence that ends within a share of the text; 0 if none does."""
-    target = share * len(hay)
-    return max(end for end in [0, *corpus.sentence_ends(hay)] if end <= target)
 
 
 def check_counts(what: str, counts: Sequence[tuple[str, int, int]]) -> None:

@@ -189,7 +189,8 @@ def _span_masses(task: Task) -> list[Statistic]:
 
 def _semantic(parts: Sequence[Part]) -> PromptScores:
     """Accepted trials; the steps that write a token which the needle holds."""
-    values, nulls = [], []
+    values: list[Array] = []
+    nulls: list[Array] = []
     for part in parts:
         task, found = prompts(part), part.found
         for index, trial in accepted_trials(part):
