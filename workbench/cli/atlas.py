@@ -69,11 +69,7 @@ def atlas(
     ] = None,
     length: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            min=64,
-            help="Tokens of texts, repeats and needle prompts. [default: 64, 150, and 160 and 256]",
-        ),
+        typer.Option(metavar="N", min=64, help="Tokens of texts, repeats and needles. [default: 64, 150, 160 and 256]"),
     ] = None,
     method: Annotated[MapName, typer.Option("--map", help="How the map of heads is drawn.")] = MapName.pca,
     seed: options.Seed = 0,
@@ -90,8 +86,7 @@ def atlas(
     """
     session = current_session()
     if listing:
-        show_list(session)
-        return
+        return show_list(session)
     if model is None:
         raise RequestError("Name a model, as in `workbench atlas smollm2-135m`; --list needs none.")
     if detectors is not None and group is not None:
