@@ -85,14 +85,15 @@ def test_names_in_the_help_are_those_that_exist():
 def test_every_named_statistic_can_be_asked_for():
     from workbench.cli.trace import DEFAULT_STATISTICS, PLAIN_STATISTICS, SIZED_STATISTICS, parse_statistics
 
-    sized = [f"{kind}_-3" if kind == "offset" else f"{kind}_3" for kind in SIZED_STATISTICS]
+    sized = [f"{kind}_-16" if kind == "offset" else f"{kind}_16" for kind in SIZED_STATISTICS]
     found = [statistic.name for statistic in parse_statistics(",".join([*PLAIN_STATISTICS, *sized]))]
-    assert found == [*PLAIN_STATISTICS, *sized[:-1], "top_k", "top_k_mass"]
+    pairs = [name for one in sized for name in (["top_k", "top_k_mass"] if one == "top_k_16" else [one])]
+    assert found == [*PLAIN_STATISTICS, *pairs]
     assert len(parse_statistics(DEFAULT_STATISTICS)) == 6
 
 
 def test_every_statistic_without_labels_has_a_name_here():
-    from workbench.cli.trace import PLAIN_STATISTICS, SIZED_STATISTICS, parse_statistics
+    from workbench.cli.trace import BOUND_STATISTICS, PLAIN_STATISTICS, SIZED_STATISTICS, parse_statistics
     from workbench.tracing import statistics
 
     made = {
@@ -100,6 +101,8 @@ def test_every_statistic_without_labels_has_a_name_here():
         for name, value in vars(statistics).items()
         if getattr(value, "__module__", "") == statistics.__name__ and not name.startswith("_") and name[0].islower()
     }
-    # These two take tensors.
-    assert made - {"mass", "at_keys"} == {*PLAIN_STATISTICS, *SIZED_STATISTICS, "above"}
-    assert [statistic.name for statistic in parse_statistics("above_0.1,above_.25")] == ["above_0.1", "above_0.25"]
+    # These take tensors or functions.
+    given = {"mass", "at_keys", "column_weighted", "value_mass"}
+    assert made - given == {*PLAIN_STATISTICS, *SIZED_STATISTICS, *BOUND_STATISTICS}
+    names = ["above_0.1", "above_0.25", "column_above_0.3", "diagonal", "diagonal_last_4", "block_max_32"]
+    assert [one.name for one in parse_statistics(",".join(names).replace("0.25", ".25"))] == names

@@ -218,9 +218,7 @@ def test_trained_toy_composes_by_the_keys_of_its_previous_token_head(toy_by_trai
 
 
 @pytest.fixture(scope="module")
-def toy_by_training(trained):
-    model = workbench.load(trained.model)
+def toy_by_training(toy):
     settings = Settings(bos_id=0, repeat_prompts=10, repeat_length=21)
-    (previous,) = detect(model, ["previous_token"], settings=settings).top("previous_token", 1)
-    yield model, previous
-    model.detach()
+    (previous,) = detect(toy, ["previous_token"], settings=settings).top("previous_token", 1)
+    return toy, previous

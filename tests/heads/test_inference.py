@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from workbench.heads.inference import bootstrap_difference, bootstrap_mean, paired_p, q_values, unpaired_p
+from workbench.heads.inference import bootstrap_difference, bootstrap_mean, drawn_p, paired_p, q_values, unpaired_p
 
 
 def test_bootstrap_interval_is_that_of_the_normal_mean():
@@ -60,3 +60,16 @@ def test_p_values_of_true_nulls_are_uniform():
 def test_q_values_follow_benjamini_and_hochberg_and_skip_gaps():
     p = np.array([0.01, np.nan, 0.04, 0.03, 0.5])
     np.testing.assert_allclose(q_values(p), [0.04, np.nan, 0.16 / 3, 0.16 / 3, 0.5])
+
+
+@pytest.mark.parametrize("better", ["higher", "lower", "either"])
+def test_nothing_is_claimed_of_what_is_unknown(better):
+    value = np.array([3.0, np.nan, 3.0, 3.0])
+    null = np.zeros((4, 4))
+    null[1, 2] = np.nan
+    known = 1.0 if better == "lower" else 0.2
+    np.testing.assert_array_equal(drawn_p(value, null, better), [known, np.nan, np.nan, known])
+    values = np.random.default_rng(0).normal(5, 1, (8, 3))
+    values[2, 1] = np.nan
+    assert np.isnan(paired_p(values, np.zeros((8, 3)), better, seed=0)).tolist() == [False, True, False]
+    assert np.isnan(unpaired_p(values, np.zeros((8, 3)), seed=0)).tolist() == [False, True, False]

@@ -74,7 +74,15 @@ def test_bad_requests_name_the_value(handwritten, handwritten_probes):
 
 def test_every_detector_says_what_it_is():
     for name, detector in DETECTORS.items():
-        assert detector.name == name and detector.url.startswith("https://arxiv.org/abs/")
+        # Not everything was published as a paper: a thread of articles, a forum post, a library's page.
+        assert detector.name == name and detector.url.startswith(
+            (
+                "https://arxiv.org/abs/",
+                "https://transformer-circuits.pub/",
+                "https://www.lesswrong.com/posts/",
+                "https://transformerlensorg.github.io/",
+            )
+        )
         for text in (
             detector.title,
             detector.measures,

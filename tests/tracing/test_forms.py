@@ -11,6 +11,7 @@ from workbench.models import Head
 from workbench.models.architectures import locate
 from workbench.tracing import ablate, patch
 from workbench.tracing.rotation import Rotation, mean_queries
+from workbench.tracing.skip import block_outputs
 
 LENGTHS = (19, 11)
 few = pytest.mark.parametrize("subject", ["gpt2", "gpt_neox", "llama", "phi3", "gpt_oss"], indirect=True)
@@ -205,6 +206,8 @@ def test_layers_before_a_given_stream_do_not_run(subject, make_batch) -> None:
     model, batch, other = subject.model, make_batch(LENGTHS), make_batch(LENGTHS, seed=1)
     stream = model.trace(other, sites=["resid_pre"]).site("resid_pre", 1)
     edits = [patch("resid_pre", stream, layer=1), ablate(["L1H1", "L2H0"])]
+    # What blocks put out is found once for each model, by a pass of its own.
+    block_outputs(model.attachment)
     ran: list[int] = []
     hooks = [
         layer.attention.register_forward_hook(lambda *_, index=layer.index: ran.append(index))
@@ -225,6 +228,7 @@ def test_layers_before_a_given_stream_do_not_run(subject, make_batch) -> None:
 
 
 @one
+@pytest.mark.usefixtures("unchecked_signatures")
 def test_what_makes_no_sense_is_refused(subject, make_batch) -> None:
     model, batch = subject.model, make_batch((8, 5))
     with pytest.raises(RequestError, match="sinks=4, recent=0"):

@@ -31,10 +31,15 @@ if TYPE_CHECKING:
 PLAIN_STATISTICS = (
     *("entropy", "lse", "max_logit", "mean_logit", "first_logit", "max_prob", "argmax", "distance", "spread"),
     *("sink_mass", "output_norm", "result_norm"),
-    *("value_norm", "column_sum", "column_mean", "column_max"),
+    *("value_norm", "column_sum", "column_mean", "column_max", "diagonal"),
 )
 # With a number behind the name; offsets are counted backwards.
-SIZED_STATISTICS = ("first", "recent", "offset", "column_last", "top_k")
+SIZED_STATISTICS = (
+    *("first", "recent", "offset", "column_last", "top_k", "diagonal_last"),
+    *("block_sum", "block_max"),
+)
+# With a probability behind the name.
+BOUND_STATISTICS = ("above", "column_above")
 DEFAULT_STATISTICS = "entropy,max_prob,first_1,offset_-1,distance,column_mean"
 
 
@@ -52,7 +57,7 @@ def trace(
         typer.Option(
             metavar="A,B",
             help=f"Statistics: {', '.join(PLAIN_STATISTICS)}, first_N, recent_N, offset_-N, column_last_N, "
-            "top_k_N, above_P.",
+            "top_k_N, diagonal_last_N, block_sum_N, block_max_N, above_P, column_above_P.",
         ),
     ] = DEFAULT_STATISTICS,
     top: Annotated[int, typer.Option(metavar="N", min=0, help="How many heads to name.")] = 5,
@@ -95,15 +100,16 @@ def parse_statistics(text: str) -> list[Statistic]:
             made = getattr(library, name)()
         elif kind in SIZED_STATISTICS and number.removeprefix("-").isdigit():
             made = _sized(library, name, kind, int(number))
-        elif kind == "above" and re.fullmatch(r"0?\.\d+", number):
-            made = library.above(float(number))
+        elif kind in BOUND_STATISTICS and re.fullmatch(r"0?\.\d+", number):
+            made = getattr(library, kind)(float(number))
         else:
-            every = [*PLAIN_STATISTICS, *(f"{kind}_1" for kind in SIZED_STATISTICS), "above_0.1"]
+            sized = [f"{kind}_1" for kind in SIZED_STATISTICS]
+            every = [*PLAIN_STATISTICS, *sized, *(f"{kind}_0.1" for kind in BOUND_STATISTICS)]
             near = get_close_matches(name, every, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise RequestError(
                 f"No statistic {name!r}.{hint} There are {', '.join(PLAIN_STATISTICS)}, and with a number "
-                f"{', '.join(SIZED_STATISTICS)}, above (first_4, offset_-1, above_0.1)."
+                f"{', '.join((*SIZED_STATISTICS, *BOUND_STATISTICS))} (first_4, offset_-1, above_0.1)."
             )
         found += made if isinstance(made, tuple) else [made]
     called = [statistic.name for statistic in found]
@@ -115,17 +121,23 @@ def parse_statistics(text: str) -> list[Statistic]:
 
 def ranking(wanted: Sequence[Statistic], by: str | None) -> str | None:
     """The statistic that heads are ranked by, the first that can if none is named; None where none can."""
-    able = [statistic.name for statistic in wanted if not statistic.integer and statistic.columns is None]
+    able = [statistic.name for statistic in wanted if _has_mean(statistic)]
     if by is None or by in able:
         return by or next(iter(able), None)
     first = f"one of {', '.join(able)}" if len(able) > 1 else "".join(able)
     advice = f"rank by {first}" if able else "ask for one that can, such as entropy"
     asked = {statistic.name: statistic for statistic in wanted}
     found = asked[by] if by in asked else parse_statistics(by)[0]
-    if found.integer or found.columns is not None:
-        held = "keys (which token, not how much)" if found.integer else "several numbers for each position"
+    if not _has_mean(found):
+        held = "several numbers for each position" if found.columns is not None else f"one number a {found.axis}"
+        held = "keys (which token, not how much)" if found.integer else held
         raise RequestError(f"--by {by}: this statistic holds {held}, so it cannot rank heads; {advice}.")
     raise RequestError(f"--by {by} is not among the statistics asked for; {advice}, or add {by} to --statistics.")
+
+
+def _has_mean(statistic: Statistic) -> bool:
+    """Whether it is one number for each position, which is not a position itself."""
+    return not statistic.integer and statistic.columns is None and statistic.axis in ("query", "key")
 
 
 def _sized(library: Any, name: str, kind: str, size: int) -> Any:
@@ -229,8 +241,8 @@ def _means(found: Trace) -> pd.DataFrame:
     import pandas as pd
 
     frames = []
-    for name, values in found.values.items():
-        if found.statistics[name].integer or values.ndim != 4:
+    for name in found.values:
+        if not _has_mean(found.statistics[name]):
             continue
         mean = found.mean(name)[0]
         rows = [(name, head.layer, head.head, float(mean[head.layer, head.head])) for head in found.spec.heads()]

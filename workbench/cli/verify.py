@@ -123,9 +123,7 @@ def verify(
         session.silence_transformers()
         chosen = _parsed(named)
         settings = None if detector is None else _settings(detector, k, probe, how, draws, seed, asking)
-        if settings is None:
-            asking.check(len(chosen))
-        _check_fit(model, chosen, settings)
+        _check_fit(model, chosen, settings, asking)
     with attached(session, model, dtype, device) as loaded:
         if settings is not None:
             run = surveyed(session, loaded, path, settings, "verify", overwrite)
@@ -178,11 +176,14 @@ def _parsed(named: Sequence[str]) -> list[Head]:
     return list(dict.fromkeys(Head.parse(text) for text in named))
 
 
-def _check_fit(model: str, chosen: Sequence[Head], settings: SurveySettings | None) -> None:
-    """Refuse heads that the model lacks before its weights are read, where its config.json is at hand."""
+def _check_fit(model: str, chosen: Sequence[Head], settings: SurveySettings | None, asking: Asking) -> None:
+    """Refuse questions that given heads cannot answer, and, before weights are read, heads that the model lacks (where
+    its config.json is at hand)."""
     from workbench.heads.verification import check_heads
     from workbench.models.loading import stated_heads
 
+    if settings is None:
+        asking.check(len(chosen))
     layers = stated_heads(model)
     if layers is None:
         return

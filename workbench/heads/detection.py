@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 
 from workbench.errors import RequestError
-from workbench.heads.detector import Array, Detector, Part, Progress, PromptScores, rows_mean, traced
+from workbench.heads.detector import Array, Detector, Part, Progress, PromptScores, traced
 from workbench.heads.detectors import CORE, DETECTORS
-from workbench.heads.detectors.text import later_rows
+from workbench.heads.detectors.text import where_first_is_seen
 from workbench.heads.inference import (
     Better,
     Interval,
@@ -173,7 +173,7 @@ def _domains(parts: Sequence[Part], seed: int) -> pd.DataFrame:
     frames = []
     for part in parts:
         assert part.task is not None
-        values = rows_mean(traced(part), "first_1", later_rows(part.task))
+        values = where_first_is_seen(traced(part), "first_1")
         layers, heads = values.shape[1:]
         interval = bootstrap_mean(values.reshape(len(values), -1), seed)
         frames.append(

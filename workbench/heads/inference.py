@@ -66,7 +66,7 @@ def paired_p(
 ) -> Float[np.ndarray, " head"]:
     """Sign-flip permutation p-value per head: could prompt-wise differences to the null be of either sign?
 
-    NaN with fewer than two prompts. Heads whose values equal their null everywhere get 1.
+    NaN with fewer than two prompts, and for a head with a NaN. Heads whose values equal their null everywhere get 1.
     """
     difference = values - null
     if len(difference) < 2:
@@ -82,13 +82,14 @@ def paired_p(
         axis=0,
         rng=np.random.default_rng(seed),
     )
-    return np.where((difference == 0).all(axis=0), 1.0, np.asarray(result.pvalue))
+    p = np.where((difference == 0).all(axis=0), 1.0, np.asarray(result.pvalue))
+    return np.where(np.isnan(difference).any(axis=0), np.nan, p)
 
 
 def unpaired_p(
     a: Float[np.ndarray, "first head"], b: Float[np.ndarray, "second head"], seed: int
 ) -> Float[np.ndarray, " head"]:
-    """Two-sided permutation p-value per head for mean(a) = mean(b): prompts' labels are shuffled."""
+    """Two-sided permutation p-value per head for mean(a) = mean(b): prompts' labels are shuffled. NaN for a NaN."""
     result = stats.permutation_test(
         (a, b),
         lambda x, y, axis: x.mean(axis=axis) - y.mean(axis=axis),
@@ -100,13 +101,17 @@ def unpaired_p(
         axis=0,
         rng=np.random.default_rng(seed),
     )
-    return np.asarray(result.pvalue)
+    unknown = np.isnan(a).any(axis=0) | np.isnan(b).any(axis=0)
+    return np.where(unknown, np.nan, np.asarray(result.pvalue))
 
 
 def drawn_p(
     value: Float[np.ndarray, " head"], null: Float[np.ndarray, "draw head"], better: Better
 ) -> Float[np.ndarray, " head"]:
-    """Share of random draws that say at least as much as the value itself, which counts as one; NaN without draws."""
+    """Share of random draws that say at least as much as the value itself, which counts as one.
+
+    NaN without draws, and for a head whose value or any of whose draws is NaN.
+    """
     if not len(null):
         return np.full_like(value, np.nan)
     signed, drawn = {
@@ -114,7 +119,8 @@ def drawn_p(
         "lower": (-value, -null),
         "either": (np.abs(value - null.mean(axis=0)), np.abs(null - null.mean(axis=0))),
     }[better]
-    return np.asarray((1 + (drawn >= signed).sum(axis=0)) / (1 + len(null)))
+    p = (1 + (drawn >= signed).sum(axis=0)) / (1 + len(null))
+    return np.where(np.isnan(value) | np.isnan(null).any(axis=0), np.nan, p)
 
 
 def q_values(p: Float[np.ndarray, " hypothesis"]) -> Float[np.ndarray, " hypothesis"]:

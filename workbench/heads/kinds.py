@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from workbench.errors import RequestError
 from workbench.heads.answers import written_answers
 from workbench.heads.causal import CAUSAL, GATING
@@ -36,8 +38,31 @@ def tokenizer_of(model: Model, kind: str) -> Any:
 
 
 def wanted_statistics(task: Task, detectors: Sequence[Detector]) -> list[Statistic]:
-    """What the detectors need of one pass, each once."""
-    return list({one.name: one for detector in detectors for one in detector.statistics(task)}.values())
+    """What the detectors need of one pass, each once.
+
+    Raises:
+        RequestError: two detectors mean different things by one name.
+    """
+    wanted: dict[str, tuple[Statistic, str]] = {}
+    for detector in detectors:
+        for one in detector.statistics(task):
+            first, owner = wanted.setdefault(one.name, (one, detector.name))
+            if not _same(first, one):
+                raise RequestError(
+                    f"Detectors {owner!r} and {detector.name!r} ask for different statistics called {one.name!r}; run "
+                    "them one by one, or give each its own name."
+                )
+    return [statistic for statistic, _ in wanted.values()]
+
+
+def _same(one: Statistic, other: Statistic) -> bool:
+    """Whether two statistics of one name measure the same, as far as can be told without running them."""
+    plain = ("request", "axis", "columns", "needs_result_factor", "integer")
+    if any(getattr(one, name) != getattr(other, name) for name in plain):
+        return False
+    if (one.of_values is None) != (other.of_values is None) or len(one.given) != len(other.given):
+        return False
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(one.given, other.given, strict=True))
 
 
 def run_traced(

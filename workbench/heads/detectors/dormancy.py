@@ -20,9 +20,9 @@ import pandas as pd
 import torch
 
 from workbench.errors import RequestError
-from workbench.heads.detector import Array, rows_mean
+from workbench.heads.detector import Array
 from workbench.heads.detectors.inactive import QUANTILES, Flags, Inactivity, inactive_heads
-from workbench.heads.detectors.text import later_rows
+from workbench.heads.detectors.text import where_first_is_seen
 from workbench.heads.inference import bootstrap_mean
 from workbench.models import Batch, Head
 from workbench.tasks import Task
@@ -54,7 +54,7 @@ def dormancy_scatter(
     frames, done = [], 0
     for domain, task in tasks.items():
         trace = model.trace(task.batch, statistics=[S.first(1)], loss=True)
-        share = rows_mean(trace, "first_1", later_rows(task))
+        share = where_first_is_seen(trace, "first_1")
         assert trace.loss is not None
         intact = np.asarray(trace.loss.double().nanmean(dim=1).numpy())
         for head in chosen:

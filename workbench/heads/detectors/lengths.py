@@ -18,6 +18,7 @@ from torch import Tensor
 
 from workbench.errors import RequestError
 from workbench.heads.detector import Array, Detector, Part, PromptScores, prompts, traced
+from workbench.heads.detectors.rows import hides_first
 from workbench.kernels import StatisticsRequest
 from workbench.models import Batch
 from workbench.tracing import Statistic, Trace
@@ -204,6 +205,11 @@ def _growth(read: Callable[[Trace], Tensor]) -> Callable[[Sequence[Part]], Promp
     return score
 
 
+def _first_where_seen(trace: Trace) -> Tensor:
+    """Attention to position 0; NaN where a window hides it."""
+    return trace["first_1"].masked_fill(hides_first(trace), torch.nan)
+
+
 def _last(trace: Trace, name: str) -> Array:
     """A row statistic at each prompt's last token."""
     values = trace[name]
@@ -278,7 +284,7 @@ FIRST_TOKEN_GROWTH = Detector(
     paper=f"after {COLLAPSE}",
     url=COLLAPSE_URL,
     statistics=lambda task: [S.first(1)],
-    score=_growth(lambda trace: trace["first_1"]),
+    score=_growth(_first_where_seen),
     better="either",
     curve="first_1",
     note="Either sign: a sink loses mass as keys are added, or gains it where the head finds ever less to do.",

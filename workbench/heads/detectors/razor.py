@@ -11,13 +11,15 @@ and the top 14 % by induction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from math import ceil
 
 import pandas as pd
 
 from workbench.errors import RequestError
 from workbench.heads.detector import Detector, Part, PromptScores, prompts, rows_mean, stacked, traced
+from workbench.heads.detectors.repeated import ECHO
 from workbench.models import Spec
 from workbench.tasks import Task
 from workbench.tracing import Statistic
@@ -29,20 +31,16 @@ ECHO_SHARE, INDUCTION_SHARE = 0.01, 0.14
 def _statistics(task: Task) -> list[Statistic]:
     keys = task.keys
     return [
-        S.at_keys("echo_keys", keys["duplicate"]),
         S.at_keys("induction_keys", keys["induction"]),
         S.at_keys("null_keys", keys["null"]),
     ]
 
 
-def _on_later_copies(name: str) -> Callable[[Sequence[Part]], PromptScores]:
-    def score(parts: Sequence[Part]) -> PromptScores:
-        return PromptScores(
-            stacked(parts, lambda part: rows_mean(traced(part), name, prompts(part).columns("repeats"))),
-            stacked(parts, lambda part: rows_mean(traced(part), "null_keys", prompts(part).columns("repeats"))),
-        )
-
-    return score
+def _induction(parts: Sequence[Part]) -> PromptScores:
+    return PromptScores(
+        stacked(parts, lambda part: rows_mean(traced(part), "induction_keys", prompts(part).columns("repeats"))),
+        stacked(parts, lambda part: rows_mean(traced(part), "null_keys", prompts(part).columns("repeats"))),
+    )
 
 
 def kv_scores(table: pd.DataFrame, detector: str, spec: Spec) -> pd.DataFrame:
@@ -79,23 +77,11 @@ _NOTE = (
     "repeats 2500 tokens 4 times; here the prompts of the other detectors of repeats. As in its formulas: no mass on "
     "the start token counts, and averages run over later copies alone (a port averages over the whole matrix)."
 )
-RAZOR_ECHO = Detector(
-    name="razor_echo",
-    title="RazorAttention echo",
-    kind="repeated",
-    probe="induction",
-    measures="attention to the same token in all earlier copies together",
-    null="attention to as many displaced keys",
-    unit="attention mass",
-    positions="queries of all copies but the first",
-    threshold=None,
-    paper="Tang et al. 2024, RazorAttention",
-    url="https://arxiv.org/abs/2407.15891",
-    statistics=_statistics,
-    score=_on_later_copies("echo_keys"),
-    curve="echo_keys",
-    note=f"The number that `echo` holds against a customary bar. {_NOTE}",
-)
+# One definition: the paper's, which `echo` holds against a customary bar.
+RAZOR_ECHO = replace(
+    ECHO, name="razor_echo", title="RazorAttention echo", threshold=None,
+    note=f"The same number as `echo`, without its customary bar. {_NOTE}",
+)  # fmt: skip
 RAZOR_INDUCTION = Detector(
     name="razor_induction",
     title="RazorAttention induction",
@@ -109,7 +95,7 @@ RAZOR_INDUCTION = Detector(
     paper="Tang et al. 2024, RazorAttention",
     url="https://arxiv.org/abs/2407.15891",
     statistics=_statistics,
-    score=_on_later_copies("induction_keys"),
+    score=_induction,
     curve="induction_keys",
     note=f"`induction` reads the second copy and the nearest occurrence alone. {_NOTE}",
 )

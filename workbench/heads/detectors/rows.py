@@ -40,6 +40,11 @@ def sees_first(trace: Trace) -> Bool[Tensor, "prompt layer 1 query"]:
     return (place >= 1) & (place < _windows(trace))
 
 
+def hides_first(trace: Trace) -> Bool[Tensor, "prompt layer 1 query"]:
+    """Queries from which a window hides position 0."""
+    return _places(trace)[:, None, None] >= _windows(trace)
+
+
 def mean_over(
     values: Float[Tensor, "prompt layer head token"], rows: Bool[Tensor, "#prompt #layer #head token"]
 ) -> Float[Tensor, "prompt layer head"]:

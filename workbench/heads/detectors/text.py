@@ -10,8 +10,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from workbench.heads.detector import Array, Detector, Part, PromptScores, prompts, rows_mean, stacked, traced
+from workbench.heads.detectors.rows import mean_over, sees_first, visible_keys
 from workbench.tasks import Task
-from workbench.tracing import Statistic
+from workbench.tracing import Statistic, Trace
 from workbench.tracing import statistics as S
 
 SINK_EPSILON = 0.3
@@ -30,6 +31,11 @@ def random_visible_keys(task: Task) -> Int[Tensor, "prompt query"]:
 def later_rows(task: Task) -> Bool[Tensor, "prompt query"]:
     """Rows that have a choice: all but each prompt's first."""
     return torch.arange(task.batch.ids.shape[1]) > task.batch.starts[:, None]
+
+
+def where_first_is_seen(trace: Trace, name: str) -> Array:
+    """Mean of a row statistic over the queries, but the first, that see position 0: a window hides it from others."""
+    return np.asarray(mean_over(trace[name], sees_first(trace)).numpy())
 
 
 def sink_statistics(task: Task) -> list[Statistic]:
@@ -70,19 +76,17 @@ def sink_indicator(parts: Sequence[Part]) -> PromptScores:
 
 def _first_token(parts: Sequence[Part]) -> PromptScores:
     return PromptScores(
-        stacked(parts, lambda part: rows_mean(traced(part), "first_1", later_rows(prompts(part)))),
-        stacked(parts, lambda part: rows_mean(traced(part), "random_key", later_rows(prompts(part)))),
+        stacked(parts, lambda part: where_first_is_seen(traced(part), "first_1")),
+        stacked(parts, lambda part: where_first_is_seen(traced(part), "random_key")),
     )
 
 
 def _entropy(parts: Sequence[Part]) -> PromptScores:
     def uniform(part: Part) -> Array:
         """Entropy of attention spread evenly over what each query sees."""
-        seen = torch.arange(prompts(part).batch.ids.shape[1]) - prompts(part).batch.starts[:, None] + 1
-        rows = prompts(part).batch.mask & later_rows(prompts(part))
-        mean = torch.where(rows, seen.clamp(min=1).log(), 0.0).sum(1) / rows.sum(1)
-        shape = traced(part)["entropy"].shape[1:3]
-        return np.asarray(mean.double()[:, None, None].expand(-1, *shape).numpy())
+        seen = visible_keys(traced(part)).clamp(min=1).double().log()
+        rows = (prompts(part).batch.mask & later_rows(prompts(part)))[:, None, None]
+        return np.asarray(mean_over(seen.expand_as(traced(part)["entropy"]), rows).numpy())
 
     return PromptScores(
         stacked(parts, lambda part: rows_mean(traced(part), "entropy", later_rows(prompts(part)))),
@@ -95,8 +99,8 @@ def _contrast(parts: Sequence[Part]) -> PromptScores:
     by_domain = {prompts(part).settings["domain"]: part for part in parts}
     prose, code = by_domain["prose"], by_domain["code"]
     return PromptScores(
-        rows_mean(traced(prose), "first_1", later_rows(prompts(prose))),
-        rows_mean(traced(code), "first_1", later_rows(prompts(code))),
+        where_first_is_seen(traced(prose), "first_1"),
+        where_first_is_seen(traced(code), "first_1"),
         unpaired=True,
     )
 
@@ -128,7 +132,7 @@ FIRST_TOKEN = Detector(
     measures="mean attention to position 0",
     null="mean attention to one other visible key, drawn at random per query",
     unit="attention mass",
-    positions="all queries but the first",
+    positions="all queries but the first that see position 0",
     threshold=0.5,
     paper="Qiu et al. 2025, Gated attention for large language models (F-attn)",
     url="https://arxiv.org/abs/2505.06708",
@@ -163,7 +167,7 @@ ACTIVE_DORMANT = Detector(
     measures="first-token share on prose less first-token share on code",
     null="no difference between the domains (prompt labels shuffled)",
     unit="attention mass",
-    positions="all queries but the first",
+    positions="all queries but the first that see position 0",
     threshold=0.1,
     paper="Guo et al. 2024, Active-dormant attention heads",
     url="https://arxiv.org/abs/2410.13835",
