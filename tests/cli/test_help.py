@@ -24,6 +24,10 @@ COMMANDS = (
     ["runs", "list"],
     ["runs", "show"],
     ["runs", "compare"],
+    ["study"],
+    ["study", "run"],
+    ["study", "show"],
+    ["study", "figure"],
 )
 ASK_ALL = f"""
 import json, sys
@@ -70,7 +74,9 @@ def test_names_in_the_help_are_those_that_exist():
     from workbench.heads.clusters import METHODS
     from workbench.heads.probes import _BUILDERS
     from workbench.heads.sets import SETS
+    from workbench.cli.study import EngineName
     from workbench.runs.interchange import Join
+    from workbench.studies.engine import ENGINES
     from workbench.tracing.edits import HOWS
 
     assert set(DETECTOR_NAMES) == set(CORE)
@@ -78,6 +84,7 @@ def test_names_in_the_help_are_those_that_exist():
     assert {group.value for group in SetName} == set(SETS)
     assert {method.value for method in MapName} == set(METHODS)
     assert {join.value for join in JoinName} == set(get_args(Join))
+    assert {engine.value for engine in EngineName} == set(ENGINES)
     assert {form.value for form in FormatName} == {"retrieval-head", "duo", "headvis"}
     assert {probe.value for probe in ProbeName} == set(_BUILDERS)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from workbench.cli import atlas, demo, export, heads, models, report, runs, trace, verify
+from workbench.cli import atlas, demo, export, heads, models, report, runs, study, trace, verify
 from workbench.cli.session import Session
 
 _ARGUMENTS = "workbench.arguments"
@@ -43,6 +43,7 @@ for _group in (demo, trace, heads, atlas, verify, report, export):
     _group.register(app)
 app.add_typer(models.app, name="models")
 app.add_typer(runs.app, name="runs")
+app.add_typer(study.app, name="study")
 
 
 def _version(wanted: bool) -> bool:

@@ -3,6 +3,7 @@
 | outcome | what is printed on stderr | exit code |
 | --- | --- | --- |
 | an error raised on purpose, a wrong option | one paragraph | 2 |
+| some cells of a study failed, the others are kept | a line each | 3 |
 | Ctrl-C | what is kept, and the command that goes on from there | 130 |
 | anything else | the error in a line, and `--debug` | 1 |
 """
@@ -37,6 +38,8 @@ class Session:
         self.arguments = tuple(arguments)
         self.debug = debug
         self.run: Path | None = None
+        # Where a study keeps what is measured, each cell by itself.
+        self.cells: Path | None = None
         self.out = _console(stderr=False)
         self.err = _console(stderr=True)
         self._undo = ExitStack()
@@ -129,6 +132,8 @@ class Session:
             return "To start again:"
         from workbench.runs.run import partial_path
 
+        if self.cells is not None and self.cells.is_dir():
+            return f"The cells that are done are kept in {self.cells}; this goes on from there:"
         if partial_path(self.run).is_dir():
             return f"The finished steps are kept in {partial_path(self.run)}; this goes on from there:"
         if (self.run / "manifest.json").is_file():

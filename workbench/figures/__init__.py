@@ -17,6 +17,8 @@ from workbench.figures.dose import has_doses as has_doses
 from workbench.figures.maps import head_map as head_map
 from workbench.figures.maps import head_maps as head_maps
 from workbench.figures.pattern import pattern_map as pattern_map
+from workbench.figures.studies import dose_lines as dose_lines
+from workbench.figures.studies import point_chart as point_chart
 from workbench.figures.text import caption_of as caption_of
 from workbench.figures.theme import DARK as DARK
 from workbench.figures.theme import LIGHT as LIGHT

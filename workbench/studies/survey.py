@@ -38,17 +38,16 @@ from workbench.heads import (
 )
 from workbench.heads.detection import choose
 from workbench.heads.detector import Array, Detector, Kind
-from workbench.heads.verification import POOLS, Pool, dose_sizes, other_prompts
-from workbench.models import Batch, Head
+from workbench.heads.verification import POOLS, Pool, dose_sizes
+from workbench.models import Head
 from workbench.runs import Run, RunWriter, environment
 from workbench.studies.examples import example_tables
 from workbench.studies.measuring import measure
+from workbench.studies.reference import reference_ablator
 from workbench.tasks import Task
 from workbench.tracing import Model
 from workbench.tracing.edits import HOWS, How
 
-# Prompts that mean outputs are taken over.
-REFERENCE_PROMPTS = 16
 VERIFIED = ("sink", "previous_token", "induction", "retrieval")
 
 
@@ -348,18 +347,11 @@ class _Survey:
         return self._probes[name]
 
     def _ablate(self, probe: Probe) -> Ablator:
-        """Mean outputs come from the detectors' own prompts (prose and code), which no metric is measured on.
-
-        Resampled ones have to stand in the probe's own columns, so they come from its other prompts.
-        """
+        """The form of ablation with its values; only resampled ones depend on the probe."""
         if self.settings.how == "resample":
-            return Ablator.prepare(self.model, "resample", other_prompts(probe.tasks[0].batch))
+            return reference_ablator(self.model, "resample", probe, self.settings.detection)
         if self._ablator is None:
-            kind = KINDS["text" if self.model.tokenizer is not None else "repeated"]
-            tasks = kind.tasks(self.model, self.settings.detection)
-            ids = [row for task in tasks for row in task.batch.ids[: REFERENCE_PROMPTS // len(tasks)].tolist()]
-            batch = Batch.from_ids(ids)
-            self._ablator = Ablator.prepare(self.model, self.settings.how, batch)
+            self._ablator = reference_ablator(self.model, self.settings.how, probe, self.settings.detection)
         return self._ablator
 
     def _record_prompts(self, tasks: list[Task] | tuple[Task, ...]) -> None:

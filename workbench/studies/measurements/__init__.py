@@ -1,0 +1,11 @@
+"""Every measurement that a study can ask for, by name."""
+
+from workbench.studies.measurements.base import Bench as Bench
+from workbench.studies.measurements.base import Measurement as Measurement
+from workbench.studies.measurements.base import Parameters as Parameters
+from workbench.studies.measurements.base import Tables as Tables
+from workbench.studies.measurements.claims import CLAIMS
+from workbench.studies.measurements.sinks import SINKS
+from workbench.studies.measurements.texts import TEXTS
+
+MEASUREMENTS: dict[str, Measurement] = {one.name: one for one in (*CLAIMS, *SINKS, *TEXTS)}
