@@ -85,6 +85,7 @@ class ProbeSettings:
     induction_length: int = 50
     needle_lengths: tuple[int, ...] = (160,)
     needle_depths: int = 2
+    greedy_tokens: int = 50
     json_prompts: int = 4
     json_pairs: int = 5
     held_out_prompts: int = 6
@@ -143,8 +144,7 @@ def _induction(model: Model, settings: ProbeSettings) -> Probe:
 def _needle(model: Model, settings: ProbeSettings) -> Probe:
     def run(model: Model, task: Task, edits: Sequence[Edit]) -> Mapping[str, Array]:
         assert task.decoding is not None
-        longest = int(task.n_answers.max()) + 8
-        written = model.generate(task.decoding, longest, edits=edits, phase=settings.phase).texts
+        written = model.generate(task.decoding, settings.greedy_tokens, edits=edits, phase=settings.phase).texts
         assert written is not None
         return {NEEDLE_RECALL.name: _array(NEEDLE_RECALL(written, task.answers))}
 
