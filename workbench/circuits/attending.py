@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from workbench.circuits.lanes import Lane
 from workbench.circuits.recorded import Recorded, Values
-from workbench.circuits.spots import Spot
+from workbench.circuits.spots import Spot, SpotSite
 from workbench.models import AttentionCall, LayerSpec
+
+_QKV: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +29,7 @@ class Rows:
     def count(self) -> int:
         return len(self.lane.prompts) * len(self.rows)
 
-    def places(self, spot: Spot, shift: int = 0) -> list[int]:
+    def places(self, spot: Spot) -> list[int]:
         """Which of these rows a spot overwrites."""
         if spot.position is None:
             return list(range(len(self.rows)))
@@ -53,7 +56,9 @@ def query_heads(spots: Sequence[Spot], shape: LayerSpec) -> list[int]:
     return sorted(found)
 
 
-def put(target: Tensor, rows: Rows, spots: Sequence[Spot], site: str, values: Values, heads: list[int] | None) -> None:
+def put(
+    target: Tensor, rows: Rows, spots: Sequence[Spot], site: SpotSite, values: Values, heads: list[int] | None
+) -> None:
     """Overwrite a site `[prompt, head, row, dim]`, whose heads are `heads` of the layer, in place."""
     for spot in spots:
         if spot.site != site:
@@ -63,11 +68,11 @@ def put(target: Tensor, rows: Rows, spots: Sequence[Spot], site: str, values: Va
             continue
         value = rows.value(spot, values, places).transpose(1, 2).to(target)
         if spot.head is None:
-            value = value if heads is None else value[:, heads]
-            target[:, :, places] = value
+            value, own = value if heads is None else value[:, heads], slice(None)
         else:
-            own = spot.head if heads is None else heads.index(spot.head)
-            target[:, own : own + 1, places] = value
+            place = _own(spot.head, heads)
+            own = slice(place, place + 1)
+        target[:, own, places] = values.mixed(spot, value, target[:, own, places])
 
 
 def shaped_pattern(
@@ -88,14 +93,14 @@ def shaped_pattern(
             continue
         own = list(range(pattern.shape[1])) if spot.head is None else [_own(spot.head, heads)]
         if spot.site == "mask":
-            columns = list(range(keys)) if spot.key is None else [spot.key] * (spot.key < keys)
+            columns = _columns(spot, keys)
             for place in places:
                 for head in own:
                     removed[:, head, place, columns] = True
             continue
         value = rows.value(spot, values, places).transpose(1, 2)[..., :keys].to(pattern)
         value = value if spot.head is not None or heads is None else value[:, heads]
-        columns = list(range(keys)) if spot.key is None else [spot.key] * (spot.key < keys)
+        columns = _columns(spot, keys)
         for at, place in enumerate(places):
             for which, head in enumerate(own):
                 pattern[:, head, place, columns] = value[:, which, at][:, columns]
@@ -105,6 +110,14 @@ def shaped_pattern(
     pattern = torch.where(removed.any(-1, keepdim=True), renormalised, pattern)
     group = call.q.shape[1] // call.k.shape[1]
     return (pattern @ call.v.double().repeat_interleave(group, dim=1)).to(call.q.dtype)
+
+
+def _columns(spot: Spot, keys: int) -> list[int]:
+    """The keys of a row that a spot is about, among the first `keys`."""
+    if spot.key is None:
+        return list(range(keys))
+    assert isinstance(spot.key, int)
+    return [spot.key] if spot.key < keys else []
 
 
 def _own(head: int, heads: list[int] | None) -> int:
@@ -129,9 +142,9 @@ def first_z(
         kv = query_heads(inside, shape)
         heads = [head for one in kv for head in range(one * shape.group, (one + 1) * shape.group)]
         first, end = rows.rows[0], rows.rows[-1] + 1
-        spans = {"q": (first, end, heads), "k": (0, end, kv), "v": (0, end, kv)}
         parts: dict[str, Tensor] = {}
-        for name, (low, high, chosen) in spans.items():
+        for name in _QKV:
+            low, high, chosen = (first, end, heads) if name == "q" else (0, end, kv)
             part = base.at(name, layer)[where, low:high][:, :, chosen].transpose(1, 2).contiguous()
             put(part, Rows(rows.lane, list(range(low, high))), spots, name, values, chosen)
             parts[name] = part
@@ -169,8 +182,8 @@ def attend_suffix(
         rows, spots = Rows(lane, list(range(first, lane.tokens))), lane.within(layer)
         put(q[own], rows, spots, "q", values, None)
         every = Rows(lane, list(range(lane.tokens)))
-        for name, part in (("k", k), ("v", v)):
-            put(part[own], every, spots, name, values, None)
+        put(k[own], every, spots, "k", values, None)
+        put(v[own], every, spots, "v", values, None)
     whole = replace(call, q=q, k=k, v=v, key_start=None, key_end=None)
     z = whole.output()
     for own, lane in marked:

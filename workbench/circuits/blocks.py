@@ -61,11 +61,11 @@ class Blocks:
             for layer in self.attachment.layers:
                 stack.callback(layer.block.register_forward_pre_hook(hook, with_kwargs=True).remove)
             self.attachment.hf_model(ids, use_cache=False, logits_to_keep=1)
-        for layer, (args, kwargs) in enumerate(found):
+        for number, (args, kwargs) in enumerate(found):
             named = {f"argument {place + 2}": value for place, value in enumerate(args)} | kwargs
             for name, value in named.items():
                 if name not in _BY_POSITION and any(isinstance(leaf, Tensor) for leaf in _leaves(value)):
-                    raise CannotRun(f"block {layer} is handed a tensor {name!r} that is not known to be by position")
+                    raise CannotRun(f"block {number} is handed a tensor {name!r} that is not known to be by position")
         return found
 
     def run(
@@ -103,12 +103,12 @@ class Blocks:
         projected = self.attachment.layers[layer].projection(z.flatten(1)[None])
         modules = self.attachment.layers[layer]
         if modules.attention_write is modules.projection:
-            return projected.reshape(hidden.shape)
+            return written(projected, hidden[None])[0]
         return written(modules.attention_write(projected), hidden[None])[0]
 
     def logits(self, hidden: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocab"]:
         """The model's own end (norm, unembedding, caps) on rows that left the last layer."""
-        return torch.cat([self._end(part) for part in hidden.split(LOGIT_ROWS)])
+        return torch.cat([self._end(part) for part in torch.split(hidden, LOGIT_ROWS)])
 
     def _end(self, hidden: Tensor) -> Tensor:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

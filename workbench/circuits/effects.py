@@ -17,6 +17,7 @@ from jaxtyping import Float
 from workbench.circuits.inference import gap_refusal, mean_effect, q_values, recovery, sign_flip_p
 from workbench.circuits.spots import Change
 
+Array = np.ndarray[Any, np.dtype[np.float64]]
 Direction = Literal["denoising", "noising"]
 DIRECTIONS: tuple[Direction, ...] = ("denoising", "noising")
 
@@ -69,9 +70,9 @@ class Effects:
 
     def effect(self, direction: Direction) -> Float[np.ndarray, "change prompt"]:
         """Per prompt, in units of the metric, positive where the place helps."""
-        if direction == "denoising":
-            return self.values[direction] - self.corrupt
-        return self.clean - self.values[direction]
+        values = self.values[direction]
+        effects: Array = values - self.corrupt if direction == "denoising" else self.clean - values
+        return effects
 
     @property
     def refusal(self) -> str:
@@ -147,7 +148,7 @@ class Effects:
             )
         return pd.concat(parts, ignore_index=True)
 
-    def grid(self, direction: Direction, axes: Sequence[str] = ("layer", "position")) -> Float[np.ndarray, "..."]:
+    def grid(self, direction: Direction, axes: Sequence[str] = ("layer", "position")) -> Float[np.ndarray, ...]:
         """Mean effects laid out by attributes of single spots (integers), NaN where there is none."""
         places = [tuple(int(getattr(change[0], axis)) for axis in axes) for change in self.changes]
         grid = np.full(tuple(int(most) + 1 for most in np.max(places, axis=0)), np.nan)

@@ -21,9 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.circuits.attending import Rows, attend_suffix, first_z
-from workbench.circuits.blocks import Blocks, CannotRun, near
+from workbench.circuits.blocks import Blocks, CannotRun, Rewrite, near
 from workbench.circuits.lanes import Lane
 from workbench.circuits.recorded import Recorded, Values
+from workbench.circuits.spots import SpotSite
 from workbench.models import Attachment, AttentionCall
 
 # Sites whose change reaches the stream as it is, so that no part of the layer runs.
@@ -103,10 +104,7 @@ class Engine:
         flat = torch.cat([flight.hidden.flatten(0, 1) for flight in order])
         flat = self._rewrite(layer, "resid_pre", rows)(flat)
         positions = torch.cat(
-            [
-                torch.arange(flight.lanes[0].first, self.tokens).repeat(len(flight.hidden))
-                for flight in order
-            ]
+            [torch.arange(flight.lanes[0].first, self.tokens).repeat(len(flight.hidden)) for flight in order]
         ).to(flat.device)
 
         def attend(call: AttentionCall) -> Tensor:
@@ -124,7 +122,7 @@ class Engine:
         at = 0
         for flight in order:
             count, width = flight.hidden.shape[:2]
-            flight.hidden = flat[at : at + count * width].unflatten(0, (count, width))
+            flight.hidden = flat[at : at + count * width].reshape(count, width, -1)
             at += count * width
 
     def _layer(
@@ -132,7 +130,7 @@ class Engine:
     ) -> Tensor:
         """A block with what changes outside of its attention."""
         sites = {spot.site for one in rows for spot in one.lane.within(layer)}
-        entry, rewrites = flat, {}
+        entry, rewrites = flat, dict[str, Rewrite]()
         if sites & {"attn_out", "resid_mid"}:
 
             def attn_out(value: Tensor) -> Tensor:
@@ -146,7 +144,7 @@ class Engine:
         flat = self.blocks.run(layer, flat, positions, attend, rewrites)
         return self._rewrite(layer, "resid_post", rows)(flat)
 
-    def _rewrite(self, layer: int, site: str, rows: Sequence[Rows]) -> Callable[[Tensor], Tensor]:
+    def _rewrite(self, layer: int, site: SpotSite, rows: Sequence[Rows]) -> Callable[[Tensor], Tensor]:
         def rewrite(flat: Tensor) -> Tensor:
             changed, at = flat, 0
             for one in rows:
@@ -156,8 +154,9 @@ class Engine:
                     places = one.places(spot) if spot.site == site else []
                     if places:
                         changed = changed.clone() if changed is flat else changed
-                        part = changed[own].unflatten(0, (len(one.lane.prompts), len(one.rows)))
-                        part[:, places] = one.value(spot, self.values, places).to(flat)
+                        part = changed[own].view(len(one.lane.prompts), len(one.rows), -1)
+                        value = one.value(spot, self.values, places).to(flat)
+                        part[:, places] = self.values.mixed(spot, value, part[:, places])
             return changed
 
         return rewrite
@@ -189,7 +188,7 @@ class Engine:
         for one in rows:
             hidden = self._of_base(layer, one.lane).clone()
             places = [row - one.lane.first for row in one.rows]
-            hidden[:, places] = flat[at : at + one.count].unflatten(0, (len(one.lane.prompts), len(one.rows)))
+            hidden[:, places] = flat[at : at + one.count].reshape(len(one.lane.prompts), len(one.rows), -1)
             at += one.count
             yield one.lane, hidden
 
@@ -206,10 +205,10 @@ class Engine:
                 continue
             value = rows.value(spot, self.values, places).to(hidden)
             if spot.site == "resid_post":
-                hidden[:, places] = value
+                hidden[:, places] = self.values.mixed(spot, value, hidden[:, places])
             else:
                 own = self.base.at("mlp_out", layer)[lane.prompts.to(self._device)][:, [rows.rows[p] for p in places]]
-                hidden[:, places] += value - own.to(hidden)
+                hidden[:, places] += self.values.mixed(spot, value, own.to(hidden)) - own.to(hidden)
         return hidden
 
 
@@ -224,10 +223,10 @@ def _join(flights: dict[int, _Flight], found: Iterable[tuple[Lane, Tensor]]) -> 
     for lane, hidden in found:
         new.setdefault(lane.first, []).append((lane, hidden))
     for first, parts in new.items():
-        lanes, hidden = [lane for lane, _ in parts], [value for _, value in parts]
+        lanes, streams = [lane for lane, _ in parts], [value for _, value in parts]
         if first in flights:
-            lanes, hidden = [*flights[first].lanes, *lanes], [flights[first].hidden, *hidden]
-        flights[first] = _Flight(lanes, torch.cat(hidden))
+            lanes, streams = [*flights[first].lanes, *lanes], [flights[first].hidden, *streams]
+        flights[first] = _Flight(lanes, torch.cat(streams))
 
 
 def _at(stream: Tensor, rows: Rows) -> Float[Tensor, "prompt row d_model"]:
@@ -239,7 +238,8 @@ def _call(call: AttentionCall, rows: slice, prompts: int) -> AttentionCall:
     """The part of a call over rows side by side that belongs to some lanes of one width: `[prompt, head, row, dim]`."""
 
     def part(value: Tensor) -> Tensor:
-        return value[0, :, rows].unflatten(1, (prompts, -1)).transpose(0, 1)
+        heads, dim = value.shape[1], value.shape[3]
+        return value[0, :, rows].reshape(heads, prompts, -1, dim).transpose(0, 1)
 
     return replace(call, q=part(call.q), k=part(call.k), v=part(call.v))
 

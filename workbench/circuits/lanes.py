@@ -50,7 +50,7 @@ class Lane:
         return [spot for spot in self.spots if spot.layer == layer]
 
     def split(self, prompts: int) -> Iterator[Lane]:
-        for part in self.prompts.split(prompts):
+        for part in torch.split(self.prompts, prompts):
             yield replace(self, prompts=part)
 
     def changed(self, layer: int, last: bool) -> list[int]:
@@ -101,20 +101,22 @@ def sort_out(
 
 def _resolved(change: Change, task: PairTask, group: Group) -> Iterator[tuple[tuple[Spot, ...], Tensor]]:
     """Roles as numbers; prompts with a role at one place together."""
-    roles = sorted({spot.position for spot in change if isinstance(spot.position, str)})
+    places = [place for spot in change for place in (spot.position, spot.key)]
+    roles = sorted({place for place in places if isinstance(place, str)})
     if not roles:
         yield change, torch.arange(len(group.prompts))
         return
     for role in roles:
         if role not in task.roles:
             raise RequestError(f"{task.name} has no role {role!r}; roles are {', '.join(task.roles) or 'none'}.")
-    places = torch.stack([group.rows(task, role) for role in roles], 1)
-    for place in torch.unique(places, dim=0):
-        number = dict(zip(roles, place.tolist(), strict=True))
+    rows = torch.stack([group.rows(task, role) for role in roles], 1)
+    for row in torch.unique(rows, dim=0):
+        number: dict[int | str | None, int] = dict(zip(roles, row.tolist(), strict=True))
         spots = tuple(
-            replace(spot, position=number[spot.position]) if isinstance(spot.position, str) else spot for spot in change
+            replace(spot, position=number.get(spot.position, spot.position), key=number.get(spot.key, spot.key))
+            for spot in change
         )
-        yield spots, (places == place).all(1).nonzero().flatten()
+        yield spots, (rows == row).all(1).nonzero().flatten()
 
 
 def _there(spots: Sequence[Spot], lengths: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Patching one edited forward pass at a time: the definition, the oracle of the tests, and the way that always works."""
+"""Patching one edited forward pass at a time: the definition, the oracle of tests, and the way that always works."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _edit(spot: Spot, task: PairTask, found: Trace, kept: Trace) -> tuple[Edit, 
     if spot.key is not None:
         own = kept.site("pattern", spot.layer).clone()
         rows = torch.arange(len(task))[there]
-        keys = task.clean.starts.cpu()[there] + spot.key
+        keys = _columns(task, spot.key)[there]
         own[rows, :, columns[there], keys] = value[rows, :, columns[there], keys]
         value = own
     return patch(spot.place, value, layer=spot.layer, heads=heads, positions=chosen), there
@@ -67,4 +67,3 @@ def _edit(spot: Spot, task: PairTask, found: Trace, kept: Trace) -> tuple[Edit, 
 
 def _columns(task: PairTask, position: int | str) -> Tensor:
     return task.roles[position].cpu() if isinstance(position, str) else task.clean.starts.cpu() + position
-

@@ -32,6 +32,7 @@ from workbench.circuits.recorded import (
     Metric,
     OfRun,
     Recorded,
+    Source,
     Values,
     first_difference,
     groups,
@@ -48,8 +49,6 @@ from workbench.tracing import Model
 from workbench.tracing.sites import Site
 
 Progress = Callable[[int, int], None]
-# Builds what changes put in place, from the receiving and the other run of a group.
-Source = Callable[[Group, Recorded, Recorded], Values]
 Method = Literal["auto", "naive"]
 _FAST = "from the changed layer and token on, many changes in one pass"
 _log = logging.getLogger("workbench")
@@ -101,12 +100,8 @@ def patch_activations(
     Raises:
         MemoryRefused: before anything is allocated, where not even one prompt's patch fits.
     """
-    changes = scan(
-        model.spec, site, by, longest(task), layers=layers, heads=heads, positions=positions
-    )
-    return patch_changes(
-        model, task, changes, direction=direction, metric=metric, options=options, progress=progress
-    )
+    changes = scan(model.spec, site, by, longest(task), layers=layers, heads=heads, positions=positions)
+    return patch_changes(model, task, changes, direction=direction, metric=metric, options=options, progress=progress)
 
 
 def patch_changes(
@@ -207,10 +202,11 @@ class Runner:
         values: np.ndarray,
     ) -> None:
         """Prompts of one length: record both runs, sort out lanes, run them."""
-        rows, base, found = self._recorded(group, changes, receiving, other)
+        rows, base, found = self._recorded(group, changes, receiving, other, source)
         engine = self._engine(group, base)
         same = first_difference(base.batch, found.batch) if self.options.skip_unchanged else _none_same(base)
-        engine.values = OfRun(found, same) if source is None else source(group, base, found)
+        put: Values = OfRun(found, same) if source is None else source.values(group, engine.blocks, base, found)
+        engine.values = put
         job = sort_out(changes, self.task, group, engine.values.same_before, engine.last)
         where = group.prompts.numpy()
         values[:, where] = np.where(job.exists.numpy(), own[where], np.nan)
@@ -233,11 +229,11 @@ class Runner:
         self.work += Work(engine.blocks.rows, naive, runs, job.unchanged)
 
     def _recorded(
-        self, group: Group, changes: Sequence[Change], receiving: Batch, other: Batch
+        self, group: Group, changes: Sequence[Change], receiving: Batch, other: Batch, source: Source | None
     ) -> tuple[int, Recorded, Recorded]:
         """How many rows run together, and both runs."""
         model, limit = self.model, self.options.memory_limit
-        read = read_sites(changes)
+        read = read_sites(changes) | (source.sites if source is not None else frozenset())
         base_sites: set[tuple[Site, int]] = set(starting_sites(model)) | read
         prompts = len(group.prompts)
         held = sum(recorded_bytes(model, sites, prompts, group.tokens) for sites in (base_sites, read))

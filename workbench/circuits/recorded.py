@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.circuits.spots import Change
+from workbench.circuits.blocks import Blocks
+from workbench.circuits.spots import Change, Spot
 from workbench.models import Batch
 from workbench.tasks.pairs import METRICS, PairTask
 from workbench.tracing import Model
@@ -73,32 +73,49 @@ class Recorded:
     """One run of a group: sites `[prompt, token, ...]` on the model's device, and the metric."""
 
     batch: Batch
-    sites: Mapping[tuple[str, int], Tensor]
+    sites: Mapping[tuple[Site, int], Tensor]
     logits: Float[Tensor, "prompt vocab"]
 
-    def at(self, site: str, layer: int) -> Tensor:
+    def at(self, site: Site, layer: int) -> Tensor:
         return self.sites[site, layer]
 
 
-class Values(Protocol):
+class Values:
     """What changes put in place; the run that they are put into has the same tokens before `same_before`."""
 
     same_before: Int[Tensor, " prompt"]
 
-    def at(self, change: int, site: str, layer: int) -> Tensor:
+    def at(self, change: int, site: Site, layer: int) -> Tensor:
         """The site's value `[prompt, token, ...]` for a change (its number)."""
-        ...
+        raise NotImplementedError
+
+    def mixed(self, spot: Spot, value: Float[Tensor, "*place dim"], current: Float[Tensor, "*place dim"]) -> Tensor:
+        """What a vector site becomes, given the value and what stands there in the changed run; the value itself."""
+        return value
 
 
-@dataclass(frozen=True, eq=False)
-class OfRun:
+@dataclass(eq=False)
+class OfRun(Values):
     """Values of another run, the same for every change."""
 
     run: Recorded
     same_before: Int[Tensor, " prompt"]
 
-    def at(self, change: int, site: str, layer: int) -> Tensor:
+    def at(self, change: int, site: Site, layer: int) -> Tensor:
         return self.run.at(site, layer)
+
+
+class Source:
+    """Makes what changes put in place, from the receiving and the other run of a group.
+
+    `sites` are what both runs must hold beside what the changes name.
+    """
+
+    sites: frozenset[tuple[Site, int]] = frozenset()
+
+    def values(self, group: Group, blocks: Blocks, base: Recorded, other: Recorded) -> Values:
+        """Values for the changes of one direction."""
+        raise NotImplementedError
 
 
 def first_difference(one: Batch, other: Batch) -> Int[Tensor, " prompt"]:

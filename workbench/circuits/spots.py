@@ -34,22 +34,22 @@ class Spot:
 
     `head` is a query head of z, q and pattern, a key/value head of k and v; None for all of the layer. `position` is
     the token (counted from the prompt's first real one), or a role of the task, or None for all; of a pattern it is
-    the destination, whose row is overwritten whole unless `key` names one source. Single entries are put in place as
-    they are: the row's sum may change.
+    the destination, whose row is overwritten whole unless `key` names one source (a position or a role). Single
+    entries are put in place as they are: the row's sum may change.
     """
 
     layer: int
     site: SpotSite
     head: int | None = None
     position: int | str | None = None
-    key: int | None = None
+    key: int | str | None = None
 
     @property
     def node(self) -> str:
         """`L5H3`, `L5KV1`, `L5.mlp`, `L5.attn`, `L5.resid_pre` ..."""
         if self.head is not None:
             return f"L{self.layer}{'KV' if self.site in ('k', 'v') else 'H'}{self.head}"
-        return f"L{self.layer}.{ {'mlp_out': 'mlp', 'attn_out': 'attn'}.get(self.site, self.site)}"
+        return f"L{self.layer}.{ {'mlp_out': 'mlp', 'attn_out': 'attn'}.get(self.site, self.site) }"
 
     @property
     def place(self) -> Site:
@@ -78,7 +78,9 @@ class Spot:
 Change = tuple[Spot, ...]
 
 
-def spot(node: str, site: PatchSite | None = None, position: int | str | None = None, key: int | None = None) -> Spot:
+def spot(
+    node: str, site: PatchSite | None = None, position: int | str | None = None, key: int | str | None = None
+) -> Spot:
     """`spot("L5H3")` is its z, `spot("L5KV1", "v")`, `spot("L5.mlp")`, `spot("L5.attn", "resid_mid")`."""
     match = _NODE.fullmatch(node.strip())
     if match is None:
