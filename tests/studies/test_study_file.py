@@ -79,6 +79,16 @@ def test_the_same_cell_in_two_blocks_is_one():
     assert len(study(HEAD + BLOCK + BLOCK).cells()) == 4
 
 
+def test_blocks_without_a_grid_are_told_apart_by_what_differs():
+    blocks = [
+        f'[[cells]]\nmeasurement = "verify"\nset = {{ probe = "{probe}", k = 3 }}\n' for probe in ("json", "answer")
+    ]
+    assert [cell.label for cell in study(HEAD + "".join(blocks)).cells()] == [
+        "verify probe=json",
+        "verify probe=answer",
+    ]
+
+
 def test_a_block_may_name_several_models():
     cells = study(HEAD + BLOCK + 'models = ["a", "b"]\n').cells()
     assert [cell.model for cell in cells] == ["a"] * 4 + ["b"] * 4

@@ -116,7 +116,11 @@ def write_figure(drawn: go.Figure, title: str, path: str | Path) -> Path:
 
 def _page(drawn: go.Figure, title: str) -> str:
     colours = palette()
-    chart = go.Figure(drawn).update_layout(width=WIDTH).to_html(full_html=False, include_plotlyjs=True)
+    chart = (
+        go.Figure(drawn)
+        .update_layout(width=WIDTH)
+        .to_html(full_html=False, include_plotlyjs=True, config={"displayModeBar": False})
+    )
     style = f"margin:0;background:{colours.page};color:{colours.ink};font:15px 'Segoe UI',Inter,Roboto,sans-serif"
     return (
         f"<!doctype html><meta charset='utf-8'><title>{safe(title)}</title><body style=\"{style}\">"

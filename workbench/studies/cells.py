@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -74,6 +75,25 @@ def combinations(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 def unique(cells: Sequence[Cell]) -> list[Cell]:
     """Each cell once, at its first place."""
     return list({cell.id: cell for cell in reversed(cells)}.values())[::-1]
+
+
+def told_apart(cells: Sequence[Cell]) -> list[Cell]:
+    """The same, where cells share a label with the parameters that differ among those added to it."""
+    counts = Counter(cell.label for cell in cells)
+    found = []
+    for cell in cells:
+        if counts[cell.label] > 1:
+            alike = [json.loads(other.parameters) for other in cells if other.label == cell.label]
+            own = json.loads(cell.parameters)
+            differ = [name for name in own if any(other.get(name) != own[name] for other in alike)]
+            plain = [name for name in differ if not isinstance(own[name], dict)] or differ
+            cell = replace(cell, axes=(*cell.axes, *((name, _text(own[name])) for name in plain)))
+        found.append(cell)
+    return found
+
+
+def _text(value: Any) -> Any:
+    return canonical(value) if isinstance(value, dict) else value
 
 
 def by_model(cells: Sequence[Cell]) -> list[Cell]:

@@ -114,7 +114,8 @@ def _family(tables: Sequence[pd.DataFrame]) -> None:
 
 def _one_type(table: pd.DataFrame) -> pd.DataFrame:
     """Columns that hold text in some rows and numbers in others (an axis that only some blocks have) become text."""
-    for name in table.select_dtypes("object").columns:
+    mixed = [name for name, dtype in table.dtypes.items() if dtype == np.dtype(object)]
+    for name in mixed:
         known = table[name].dropna()
         if known.map(type).nunique() > 1:
             table[name] = table[name].map(lambda value: None if pd.isna(value) else str(value))

@@ -33,7 +33,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from workbench.errors import RequestError
-from workbench.studies.cells import Cell, canonical, combinations, unique
+from workbench.studies.cells import Cell, canonical, combinations, told_apart, unique
 from workbench.studies.measurements import MEASUREMENTS, Measurement
 
 FILE = "study.toml"
@@ -114,7 +114,7 @@ class Study(_Table):
                         Cell(measurement.name, measurement.version, name, dtype or self.study.dtype, parameters,
                              tuple(axes.items()))
                     )  # fmt: skip
-        return unique(found)
+        return told_apart(unique(found))
 
     def as_dict(self) -> dict[str, Any]:
         """The study as JSON holds it, under the names of its file."""
