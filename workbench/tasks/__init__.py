@@ -3,6 +3,7 @@
 from .domains import DOMAINS as DOMAINS
 from .domains import text_domains as text_domains
 from .json_retrieval import json_retrieval as json_retrieval
+from .known_circuits import KNOWN_CIRCUITS as KNOWN_CIRCUITS
 from .long_texts import TOKEN_CLASSES as TOKEN_CLASSES
 from .long_texts import long_texts as long_texts
 from .long_texts import token_classes as token_classes
@@ -25,6 +26,9 @@ from .needles import NEEDLES as NEEDLES
 from .needles import PUBLISHED_NEEDLES as PUBLISHED_NEEDLES
 from .needles import REASONING_NEEDLES as REASONING_NEEDLES
 from .needles import Needle as Needle
+from .pair_files import pairs_from_file as pairs_from_file
+from .pair_tasks import PAIR_TASKS as PAIR_TASKS
+from .pair_tasks import pair_task as pair_task
 from .pairs import KnownCircuit as KnownCircuit
 from .pairs import PairTask as PairTask
 from .plain import one_token as one_token

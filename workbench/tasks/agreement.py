@@ -40,7 +40,7 @@ def agreement(
     number: str = "singular",
     bos: bool | None = None,
 ) -> PairTask:
-    """Roles SUBJECT and END, and NOUN (the one in between) in templates that all have one.
+    """Roles SUBJECT and END, and NOUN (the one in between) where all pairs have one.
 
     ``number``: of the clean subject; "mixed" for both in turn, so that a push towards one number helps nobody.
     """

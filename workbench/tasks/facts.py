@@ -1,4 +1,4 @@
-"""Factual recall: "Keep in mind, the capital of France is" -> " Paris"; corrupt: another country, whose capital is foil.
+"""Factual recall: "Keep in mind, the capital of France is" -> " Paris"; corrupt: another country, its capital the foil.
 
 Prompts of Lv et al. 2024 (arXiv 2403.19521): fifteen beginnings, here with a longer list of countries.
 """

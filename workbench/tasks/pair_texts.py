@@ -186,7 +186,12 @@ def assemble(
         answers=together([row.answers for row in rows]),
         foils=together([row.foils for row in rows]),
         position=torch.tensor([row.roles[END] for row in rows]),
-        roles={role: torch.tensor([row.roles[role] for row in rows]) for role in rows[0].roles},
+        # A role counts where all pairs have it.
+        roles={
+            role: torch.tensor([row.roles[role] for row in rows])
+            for role in rows[0].roles
+            if all(role in row.roles for row in rows)
+        },
         metric=metric,
         circuit=circuit,
         info=tuple(pair.info for pair in pairs),
