@@ -1,7 +1,7 @@
 """A two-layer induction model written by hand: every attention score and logit is known before it runs.
 
-Attention only, one head a layer, no layer norm, score scale one, no training.  The residual stream has four
-blocks, in this order, for V tokens and T positions::
+Attention only, one head a layer (unless asked otherwise), no layer norm, score scale one, no training.  The
+residual stream has four blocks, in this order, for V tokens and T positions::
 
     cur   [0, V)          the token at this position (written by the token embedding)
     prev  [V, 2V)         the token before (written by L0H0)
@@ -17,9 +17,14 @@ The last token id is the beginning-of-sequence token and has to stand at positio
 token attends to itself in L0H0 and counts as its own predecessor. With |s| distinct tokens, ``[BOS, s,
 s]`` is predicted without error on the second copy; without L0H0 the model knows nothing. Both softmaxes
 are saturated, so gradients through the keys vanish although patching them has the full effect.
+
+With several gains there are as many query heads a layer, and they share one key/value head: in layer 0 the others do
+nothing, in layer 1 each is an induction head of its own strength.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -30,19 +35,22 @@ MATCH_SCORE = 30.0
 OUTPUT_GAIN = 10.0
 
 
-def handwritten_induction(vocab: int = 9, max_positions: int = 14) -> ToyModel:
+def handwritten_induction(vocab: int = 9, max_positions: int = 14, gains: Sequence[float] = (OUTPUT_GAIN,)) -> ToyModel:
     """Build the model; token ids ``0 .. vocab - 2`` are free and ``vocab - 1`` is the start token."""
     if vocab < 3 or max_positions < 4:
         raise RequestError(
             f"vocab={vocab}, max_positions={max_positions}: induction needs a start token and two others, "
             "and four positions; ask for at least 3 and 4."
         )
+    if not gains:
+        raise RequestError("gains=(): a layer needs a head; give at least one strength.")
     config = ToyConfig(
         vocab_size=vocab,
         hidden_size=3 * vocab + max_positions,
         num_hidden_layers=2,
-        num_attention_heads=1,
-        head_dim=max(vocab, max_positions),
+        num_attention_heads=len(gains),
+        num_key_value_heads=1,
+        head_dim=(width := max(vocab, max_positions)),
         max_position_embeddings=max_positions,
         scaling=1.0,
         layer_norm=False,
@@ -65,9 +73,10 @@ def handwritten_induction(vocab: int = 9, max_positions: int = 14) -> ToyModel:
         first.output.weight[prev + token, token] = 1.0
 
         second: ToyAttention = model.blocks[1].attention  # type: ignore[assignment]
-        second.query.weight[token, cur + token] = MATCH_SCORE
         second.key.weight[token, prev + token] = 1.0
         second.value.weight[token, cur + token] = 1.0
-        second.output.weight[out + token, token] = OUTPUT_GAIN
+        for head, gain in enumerate(gains):
+            second.query.weight[head * width + token, cur + token] = MATCH_SCORE
+            second.output.weight[out + token, head * width + token] = gain
     model.eval()  # type: ignore[no-untyped-call]
     return model

@@ -1,9 +1,10 @@
-"""A small attention-only transformer that attaches like any Hugging Face decoder.
+"""A small transformer that attaches like any Hugging Face decoder.
 
-Token and learned absolute position embeddings, blocks of one attention layer each (layer norm before it
-if asked), a final layer norm if asked, an untied unembedding; no MLP, no biases. Attention goes through
-the public attention registry with the same calls as Llama's, so that ``set_attn_implementation``, hooks
-on the output projection, padding masks, caches and ``generate`` behave as on a released model.
+Token and learned absolute position embeddings, blocks of one attention layer each and, if asked, one MLP of
+ReLUs with biases (layer norms before them if asked), a final layer norm if asked, an untied unembedding; no
+other biases. Attention goes through the public attention registry with the same calls as Llama's, so that
+``set_attn_implementation``, hooks on the output projection, padding masks, caches and ``generate`` behave as
+on a released model.
 
 The head width, the number of key/value heads and the score scale are free, because hand-written circuits need
 widths that are no divisor of the residual width, and a scale of one.
@@ -26,7 +27,11 @@ from workbench.errors import RequestError
 
 
 class ToyConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
-    """Shape of a `ToyModel`; ``scaling=None`` means ``head_dim ** -0.5``."""
+    """Shape of a `ToyModel`.
+
+    ``scaling=None`` means ``head_dim ** -0.5``, ``intermediate_size=None`` no MLPs, ``final_layer_norm=None`` a
+    final norm if the blocks have norms.
+    """
 
     model_type = "workbench_toy"
     # Like every configuration it takes keywords that its signature does not list, so runtime checks of the
@@ -39,9 +44,11 @@ class ToyConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     num_attention_heads: int = 4
     num_key_value_heads: int | None = None
     head_dim: int | None = None
+    intermediate_size: int | None = None
     max_position_embeddings: int = 64
     scaling: float | None = None
     layer_norm: bool = True
+    final_layer_norm: bool | None = None
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     bos_token_id: int | None = 0
@@ -124,23 +131,45 @@ class ToyAttention(nn.Module):
         return self.output(mixed.reshape(*shape, -1).contiguous()), pattern
 
 
+class ToyMLP(nn.Module):
+    """``outward(relu(inward(x)))``, both with biases."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.inward = nn.Linear(width, hidden)
+        self.outward = nn.Linear(hidden, width)
+
+    def forward(self, hidden_states: Float[Tensor, "prompt token width"]) -> Float[Tensor, "prompt token width"]:
+        return cast(Tensor, self.outward(self.inward(hidden_states).relu()))
+
+
 class ToyBlock(nn.Module):
-    """Attention added to the residual stream."""
+    """Attention, then any MLP, each added to the residual stream."""
 
     def __init__(self, config: ToyConfig, layer_idx: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.layer_norm else nn.Identity()
+        self.norm = _norm(config, config.layer_norm)
         self.attention = ToyAttention(config, layer_idx)
+        hidden = config.intermediate_size
+        self.mlp = None if hidden is None else ToyMLP(config.hidden_size, hidden)
+        self.mlp_norm = None if hidden is None else _norm(config, config.layer_norm)
 
     def forward(
         self, hidden_states: Float[Tensor, "prompt token width"], **kwargs: Any
     ) -> tuple[Float[Tensor, "prompt token width"], Tensor | None]:
         added, pattern = self.attention(self.norm(hidden_states), **kwargs)
-        return hidden_states + added, pattern
+        hidden_states = hidden_states + added
+        if self.mlp is not None and self.mlp_norm is not None:
+            hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        return hidden_states, pattern
+
+
+def _norm(config: ToyConfig, wanted: bool | None) -> nn.Module:
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if wanted else nn.Identity()
 
 
 class ToyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
-    """The attention-only decoder with its unembedding."""
+    """The decoder with its unembedding."""
 
     config_class = ToyConfig
     config: ToyConfig
@@ -154,9 +183,8 @@ class ToyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-cal
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList([ToyBlock(config, i) for i in range(config.num_hidden_layers)])
-        self.final_norm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.layer_norm else nn.Identity()
-        )
+        own = config.final_layer_norm
+        self.final_norm = _norm(config, config.layer_norm if own is None else own)
         self.unembedding = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()  # type: ignore[no-untyped-call]
 

@@ -79,7 +79,7 @@ OPT = frozenset(
     """.split()
 )
 PHI3 = frozenset(["embd_pdrop", "full_attn_mod", "interpolate_factor", "lm_head_bias", "resid_pdrop"])
-TOY = frozenset(["layer_norm", "layer_norm_eps", "scaling"])
+TOY = frozenset(["final_layer_norm", "layer_norm", "layer_norm_eps", "scaling"])
 
 
 @dataclass(frozen=True)
