@@ -32,7 +32,8 @@ def influence(
     chosen = list(heads)
     if not chosen:
         raise RequestError("No heads to mask; name some, e.g. the top of detector 'json_retrieval'.")
-    if not isinstance(documents, Mapping) or not documents:
+    given: object = documents
+    if not isinstance(given, Mapping) or not given:
         raise RequestError("documents: give texts by domain, e.g. {'prose': [...], 'code': [...]}.")
     if not 0 < selected <= 1:
         raise RequestError(f"selected={selected}: a share above 0 and up to 1 is needed.")

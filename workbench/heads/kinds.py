@@ -89,13 +89,11 @@ def _run_given(
 
 
 def _reasoning(model: Model, settings: Settings) -> list[Task]:
-    tokenizer_of(model, "needle_reasoning")
-    return reasoning_needles(model, settings)
+    return reasoning_needles(tokenizer_of(model, "needle_reasoning"), settings)
 
 
 def _json(model: Model, settings: Settings) -> list[Task]:
-    tokenizer_of(model, "json")
-    return json_objects(model, settings)
+    return json_objects(tokenizer_of(model, "json"), settings)
 
 
 def _texts(model: Model, settings: Settings) -> list[Task]:

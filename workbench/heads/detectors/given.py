@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from workbench.errors import RequestError
 from workbench.heads.answers import given_answers, span_of
@@ -22,15 +23,15 @@ from workbench.tracing import Model, Statistic
 from workbench.tracing import statistics as S
 
 
-def reasoning_needles(model: Model, settings: Settings) -> list[Task]:
+def reasoning_needles(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[Task]:
     """Needles of two facts."""
     lengths, depths = settings.reasoning_lengths, settings.needle_depths
-    return [needle_grid(model.tokenizer, lengths, depths, settings.seed, REASONING_NEEDLES)]
+    return [needle_grid(tokenizer, lengths, depths, settings.seed, REASONING_NEEDLES)]
 
 
-def json_objects(model: Model, settings: Settings) -> list[Task]:
+def json_objects(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[Task]:
     """JSON objects with one value asked for."""
-    return [json_retrieval(model.tokenizer, settings.json_prompts, settings.json_pairs, settings.seed)]
+    return [json_retrieval(tokenizer, settings.json_prompts, settings.json_pairs, settings.seed)]
 
 
 def run_given(
