@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 
 from workbench.circuits import Options, Spot, patch_activations, patch_changes, scan, spot
+from workbench.circuits.blocks import LOGIT_ROWS
+from workbench.circuits.budget import recorded_bytes, row_bytes
+from workbench.circuits.recorded import starting_sites
 from workbench.errors import HeadError, MemoryRefused, RequestError
+from workbench.models.memory import AllocationMeter
 
 NAIVE = Options(method="naive")
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern")
@@ -194,3 +200,33 @@ def test_wrong_spots_are_named(llama, gpt2, model_named, task) -> None:
     assert spot("L3.mlp").node == "L3.mlp"
     with pytest.raises(RequestError, match="by='key' scans entries of patterns"):
         patch_activations(gpt2, task, "z", "key")
+
+
+def test_falls_back_on_whole_passes_where_blocks_do_not_run_alone(llama, task, monkeypatch) -> None:
+    changes = [(Spot(1, "z", 2, 4),)]
+    fast = patch_changes(llama, task, changes)
+    monkeypatch.setattr("workbench.circuits.engine.near", lambda found, expected: False)
+    slow = patch_changes(llama, task, changes)
+    assert slow.route == (
+        "one whole edited pass a change: layer 0, run on its own, does not give what it gave within the model"
+    )
+    assert slow.work.saved == 1
+    agree(fast, slow)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_rows_take_no_more_than_predicted(model_named, make_pairs, name) -> None:
+    """Storage alive while lanes run, at most what the preflight counts for so many rows."""
+    model, task, limit = model_named(name), make_pairs((40, 40)), 3000
+    hf_model = model.attachment.hf_model
+    meter = AllocationMeter([*hf_model.parameters(), *hf_model.buffers()])
+    # Once before, so that what is measured once a model is not counted.
+    for rows in (500, limit):
+        with meter if rows == limit else nullcontext():
+            patch_activations(
+                model, task, "z", "head_position", layers=[0], options=Options(rows_at_once=rows), direction="noising"
+            )
+    held = recorded_bytes(model, starting_sites(model), 2, 40) * 2
+    logits = LOGIT_ROWS * model.spec.vocab_size * 3 * 4
+    predicted = held + logits + limit * row_bytes(model, 40)
+    assert predicted / 20 < meter.peak <= predicted

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from workbench.circuits import patch_activations
-from workbench.models.testing import TINY
+from workbench.models.testing import TINY, VOCAB_SIZE
 from workbench.tracing import load
 
 SITES = {
@@ -26,7 +25,10 @@ SITES = {
 def bridge():
     from transformer_lens.model_bridge.sources.transformers.source import boot
 
-    found = boot("gpt2", hf_model=TINY["gpt2"](), tokenizer=None, device="cpu")
+    # The bridge fetches a tokenizer where it is given none.
+    words = Tokenizer(WordLevel({str(number): number for number in range(VOCAB_SIZE)}, unk_token="0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="1", eos_token="2", pad_token="0")
+    found = boot("gpt2", hf_model=TINY["gpt2"](), tokenizer=tokenizer, device="cpu")
     found.eval()
     return found
 

@@ -54,7 +54,7 @@ def patch_paths(
     """The effect of each sender through the receivers (all together, or each `apart`), by the direct path.
 
     `at` patches the sender at one position (or role) alone. A sender that cannot reach a receiver has an effect of
-    zero. Costs one short run of the layers a sender, and the patch of its receivers.
+    zero, but for rounding. Costs one short run of the layers a sender, and the patch of its receivers.
     """
     if form not in ("strict", "wang"):
         raise RequestError(f"form={form!r} is no form of path patching; choose 'strict' or 'wang'.")
