@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -157,8 +158,8 @@ def _ranges(rows: pd.DataFrame, y: pd.Series, colours: Palette, legend: bool) ->
     )  # fmt: skip
 
 
-def _records(rows: pd.DataFrame) -> list[dict[str, float]]:
-    records: list[dict[str, float]] = rows.to_dict("records")
+def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = rows.to_dict("records")
     return records
 
 

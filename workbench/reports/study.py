@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,18 @@ DRAWINGS: dict[Draw, Drawing] = {
 }
 
 
+# What draws in the end: its keyword arguments are the options that a study may give.
+_FIGURES: dict[Draw, Callable[..., go.Figure]] = {
+    "ablation": ablation_chart,
+    "dose": dose_curve,
+    "agreement": agreement_matrix,
+    "contrast": domain_scatter,
+    "maps": head_maps,
+    "points": point_chart,
+    "lines": dose_lines,
+}
+
+
 def study_figure(run: RunLike, figure: Figure) -> go.Figure:
     """The study's figure, drawn from its run."""
     if not run.has_table(figure.table):
@@ -94,10 +107,14 @@ def study_figure(run: RunLike, figure: Figure) -> go.Figure:
     for name, wanted in figure.where.items():
         rows = rows[rows[name].isin(wanted if isinstance(wanted, list) else [wanted])]
     need(rows, [])
-    try:
-        return DRAWINGS[figure.draw](run, rows.reset_index(drop=True), dict(figure.options))
-    except TypeError as error:
-        raise RequestError(f"figure.options = {figure.options}: {error}. Correct the study's [figure].") from error
+    made = _FIGURES[figure.draw]
+    known = [name for name, one in signature(made).parameters.items() if one.kind is Parameter.KEYWORD_ONLY]
+    for name in figure.options:
+        if name not in known:
+            raise RequestError(
+                f"figure.options has no {name!r} for draw = {figure.draw!r}; there are {', '.join(known)}."
+            )
+    return DRAWINGS[figure.draw](run, rows.reset_index(drop=True), dict(figure.options))
 
 
 def write_figure(drawn: go.Figure, title: str, path: str | Path) -> Path:
