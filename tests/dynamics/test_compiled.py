@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from workbench.dynamics.compiled import FOLDER, PROGRAMS, compiled, load_program
-from workbench.dynamics.truth import Edge, GroundTruth
+from workbench.dynamics.truth import Edge, GroundTruth, Outcome
 from workbench.errors import RequestError, SourceError
 from workbench.tasks.pairs import right
 
@@ -64,8 +64,6 @@ def test_a_part_is_in_the_circuit_if_it_writes(name):
 
 @pytest.mark.parametrize("name", ["frac_prevs", "pair_balance", "detect_pattern"])
 def test_edges_outside_the_circuit_have_no_effect(name, intervene):
-    from workbench.dynamics.truth import Outcome
-
     truth = built(name)
     spec = truth.model.spec
     writers, outside = ["embed"], []

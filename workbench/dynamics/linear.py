@@ -130,7 +130,8 @@ class _Sums:
 
     def _mlp(self, layer: int) -> Tensor:
         mlp = mlp_weights(self.model, layer)
-        return mlp.outward.weight.detach().double() @ mlp.inward.weight.detach().double()
+        found: Tensor = mlp.outward.weight.detach().double() @ mlp.inward.weight.detach().double()
+        return found
 
     def _through(self, layer: int, head: int, write: Tensor) -> Tensor:
         pattern, moved = self._head(layer, head)
