@@ -148,23 +148,23 @@ def _read(state, raw, first, last, q, bufs, bars, rows, keys, scale, MASKED: gl.
 
 @gluon.jit
 @no_type_check
-def _write(arrays, state, out, rows, keys, inside, ENTROPY: gl.constexpr, MAXIMUM: gl.constexpr, ARGMAX: gl.constexpr,
+def _write(arrays, state, out, inside, ENTROPY: gl.constexpr, MAXIMUM: gl.constexpr, ARGMAX: gl.constexpr,
            N: gl.constexpr):  # fmt: skip
     """What a row sums up to; returns the factor that turns sums of p into probabilities."""
     LSE, MAX, ARG, ENT = arrays
     m, length, spent, best, best_tile = state
-    seen = (length > 0) & (rows < keys)
-    norm = gl.where(seen, length, 1.0)
-    inverse = gl.where(seen, 1.0 / norm, 0.0)
-    gl.store(LSE + out, gl.where(seen, (gl.log2(norm) + m) * LN2, 0.0), mask=inside)
+    # Every row sees a key here: one that sums up to nothing, or to no number, has NaN or infinite logits.
+    norm = gl.where((length > 0) & (length < 3.0e38), length, float("nan"))
+    known, inverse = norm == norm, 1.0 / norm
+    gl.store(LSE + out, (gl.log2(norm) + m) * LN2, mask=inside)
     if ENTROPY:
         entropy = (gl.log2(norm) - spent * inverse) * LN2
-        gl.store(ENT + out, gl.where(seen, gl.maximum(entropy, 0.0), 0.0), mask=inside)
+        gl.store(ENT + out, gl.where(known, gl.maximum(entropy, 0.0), norm), mask=inside)
     if ARGMAX:
         place = best_tile + (best.to(gl.int32, bitcast=True) & (N - 1))
-        gl.store(ARG + out, gl.where(seen, place, -1).to(gl.int64), mask=inside)
+        gl.store(ARG + out, gl.where(known, place, -1).to(gl.int64), mask=inside)
     if MAXIMUM:
-        gl.store(MAX + out, gl.where(seen, m * LN2, 0.0), mask=inside)
+        gl.store(MAX + out, gl.where(known, m * LN2, norm), mask=inside)
     return inverse
 
 
@@ -209,7 +209,7 @@ def _rows(q_bufs, q_ready, bufs, bars, arrays, place, sizes, scale, GROUP: gl.co
         state, raw = _read(state, raw, middle, count - 1, q, bufs, bars, rows, keys, scale, True, CAUSAL, ENTROPY,
                            ARGMAX, N, STAGES, W, S)  # fmt: skip
         _, _, state = _fold(raw, state, (count - 1) * N, rows, keys, scale, True, CAUSAL, ENTROPY, ARGMAX, N, S)
-    inverse = _write((LSE, MAX, ARG, ENT), state, out, rows, keys, inside, ENTROPY, MAXIMUM, ARGMAX, N)
+    inverse = _write((LSE, MAX, ARG, ENT), state, out, inside, ENTROPY, MAXIMUM, ARGMAX, N)
     if OUTPUT:
         T: gl.constexpr = gl.SliceLayout(1, Z)
         acc = acc * gl.expand_dims(gl.convert_layout(inverse, T), 1)
