@@ -219,8 +219,8 @@ class _Tracer:
         first = sender.layer
         stream = self._stream(first)
         if sender.site == "mlp_out":
-            last = first == self.paths.spec.n_layers - 1
-            after = self.base.at("resid_post", first) if last else self.base.at("resid_pre", first + 1)
+            at_end = first == self.paths.spec.n_layers - 1
+            after = self.base.at("resid_post", first) if at_end else self.base.at("resid_pre", first + 1)
             hidden, first = after.flatten(0, 1) + difference, first + 1
         elif sender.site == "resid_pre":
             hidden = stream + difference
