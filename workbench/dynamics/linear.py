@@ -82,7 +82,8 @@ def _model(generator: torch.Generator) -> ToyModel:
     model = empty_model(config)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
+        drawn: Tensor = torch.randn(*shape, generator=generator) / float(shape[-1]) ** 0.5
+        return drawn
 
     model.token_embedding.weight.data[:, :CONTENT] = draw(VOCAB, CONTENT)
     model.position_embedding.weight.data[:, CONTENT:] = torch.eye(TOKENS)
