@@ -172,9 +172,9 @@ def _first(error: ValidationError, model: type[BaseModel]) -> str:
 
 def _keys(model: type[BaseModel], place: Sequence[int | str]) -> list[str]:
     """The keys that a table of the file may have; place is its path."""
-    nested = {"study": About, "cells": Block, "figure": Figure}
-    table = nested.get(str(place[0])) if place else None
-    fields = (table if model is Study and table is not None else model).__pydantic_fields__
+    nested: dict[str, type[BaseModel]] = {"study": About, "cells": Block, "figure": Figure}
+    table = nested.get(str(place[0]), model) if place and model is Study else model
+    fields = table.model_fields
     return [one.alias or name for name, one in fields.items()]
 
 
