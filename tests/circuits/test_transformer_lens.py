@@ -30,7 +30,7 @@ def bridge():
 
     # The bridge fetches a tokenizer where it is given none.
     words = Tokenizer(WordLevel({str(number): number for number in range(VOCAB_SIZE)}, unk_token="0"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="1", eos_token="2", pad_token="0")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="2", pad_token="0")
     found = boot("gpt2", hf_model=TINY["gpt2"](), tokenizer=tokenizer, device="cpu")
     found.eval()
     return found
