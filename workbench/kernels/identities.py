@@ -239,7 +239,8 @@ class _Square:
             valid = (slot >= 0) & (slot <= self.index)
             place = slot.clamp(0, len(self.index) - 1)[:, None, :, None]
             chosen = torch.gather(self.keys, 2, place.expand_as(self.keys))
-            parts.append(torch.exp(self.scale * (q * chosen.float()).sum(-1) - self.lse) * valid[:, None])
+            mass = torch.exp(self.scale * (q * chosen.float()).sum(-1) - self.lse)
+            parts.append(torch.where(valid[:, None], mass, 0.0))
         return torch.stack(parts, dim=-1)
 
     def _sums(self, request: StatisticsRequest) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ def attention_pattern(
     visible = geometry.visible(q.device)[:, None]
     logits = logits.masked_fill(~visible, float("-inf"))
     lse = torch.logsumexp(logits, dim=-1)
+    lse = lse.masked_fill(~torch.isfinite(lse), float("nan"))
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(dtype)[None, :, None].expand_as(lse))
     seen = visible.any(-1).expand_as(lse)
@@ -56,6 +57,7 @@ def reference_statistics(
 ) -> AttentionStatistics:
     """All requested statistics from the explicit matrix; the contract of `attention_statistics`."""
     a, lse = attention_pattern(q, k, geometry, scale=scale, softcap=softcap, sinks=sinks)
+    v, key_features, value_features, query_weights = _real(geometry, v, key_features, value_features, query_weights)
     values = v.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     visible = geometry.visible(q.device)[:, None]
     seen = visible.any(-1)
@@ -66,7 +68,7 @@ def reference_statistics(
     end = torch.full_like(start, a.shape[3]) if geometry.end is None else geometry.end
     from_start = columns[None] - start[:, None]
 
-    top_keys, top_mass = _top(a, visible, request.top_k)
+    top_keys, top_mass = _top(a, visible & ~lse.isnan()[..., None], lse, request.top_k)
     statistics = {
         "output": torch.einsum("b h i j, b h j d -> b h i d", a, values) if request.output else None,
         "lse": lse if request.lse else None,
@@ -85,18 +87,23 @@ def reference_statistics(
             [(a * (rows >= (end - w)[:, None])[:, None, :, None]).sum(2) for w in request.column_last], dim=2
         ),
     }
-    argmax = torch.where(seen, a.argmax(-1), -1) if request.argmax else None
+    argmax = torch.where(seen & ~lse.isnan(), a.argmax(-1), -1) if request.argmax else None
     statistics |= _logits(q, k, request, visible, seen, scale, softcap) | _pooled(a, request, end)
     statistics |= _given(a, value_features, query_weights)
     if request.sink_mass:
         statistics["sink_mass"] = (
-            torch.where(seen, 1.0 - a.sum(-1), 0.0) if sinks is not None else torch.zeros_like(lse)
+            torch.where(seen, torch.exp(sinks.double()[:, None] - lse), 0.0) if sinks is not None else lse * 0.0
         )
     if request.spread:
         share = a / a.sum(-1, keepdim=True).clamp(min=1e-300)
         mean = (share * distance).sum(-1, keepdim=True)
         statistics["spread"] = (share * (distance - mean) ** 2).sum(-1).sqrt()
     column_above = _stack([_first_above(a, level) for level in request.column_above], dim=2)
+    for name in ("max_logit", "mean_logit", "first_logit", "entropy", "above"):
+        # A NaN or infinite logit leaves nothing of its row.
+        value = statistics.get(name)
+        if value is not None:
+            statistics[name] = value + (lse * 0.0 if value.ndim == 3 else lse[..., None] * 0.0)
     floats = {name: None if value is None else value.float() for name, value in statistics.items()}
     return AttentionStatistics(argmax=argmax, top_keys=top_keys, column_above=column_above, **floats)
 
@@ -111,8 +118,9 @@ def _logits(
     logits = q.double() @ keys.transpose(-1, -2) * scale
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     top = torch.where(seen, logits.masked_fill(~visible, float("-inf")).amax(-1), 0.0)
-    mean = (logits * visible).sum(-1) / visible.sum(-1).clamp(min=1)
-    first = logits.gather(-1, visible.int().argmax(-1, keepdim=True).expand(*logits.shape[:3], 1))[..., 0] * seen
+    mean = logits.masked_fill(~visible, 0.0).sum(-1) / visible.sum(-1).clamp(min=1)
+    first = logits.gather(-1, visible.int().argmax(-1, keepdim=True).expand(*logits.shape[:3], 1))[..., 0]
+    first = torch.where(seen, first, 0.0)
     return {
         "max_logit": top if request.max_logit else None,
         "mean_logit": mean if request.mean_logit else None,
@@ -120,9 +128,18 @@ def _logits(
     }
 
 
-def _last_rows(geometry: Geometry, end: Tensor, size: int) -> Tensor:
-    rows = torch.arange(geometry.queries, device=end.device) + geometry.query_offset
-    return (rows >= (end - size)[:, None])[:, None, :, None]
+def _real(
+    geometry: Geometry, v: Tensor, shared: Tensor | None, own: Tensor | None, weights: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Values, functions of the key and weights, zero in padding, which may hold anything (NaN too)."""
+    visible = geometry.visible(v.device)
+    query, key = ~visible.any(2), ~visible.any(1)
+    return (
+        v.masked_fill(key[:, None, :, None], 0.0),
+        None if shared is None else shared.masked_fill(key[..., None], 0.0),
+        None if own is None else own.masked_fill(key[:, None, :, None], 0.0),
+        None if weights is None else weights.masked_fill(query[:, None], 0.0),
+    )
 
 
 def _given(a: Tensor, functions: Tensor | None, weights: Tensor | None) -> dict[str, Tensor | None]:
@@ -164,15 +181,16 @@ def _stack(parts: list[Tensor], dim: int = -1) -> Tensor | None:
 
 
 def _gather(a: Tensor, keys: Int[Tensor, "batch query slot"]) -> Tensor:
-    index = keys.clamp(min=0)[:, None].expand(-1, a.shape[1], -1, -1)
-    return torch.gather(a, 3, index) * (keys >= 0)[:, None]
+    there = (keys >= 0) & (keys < a.shape[3])
+    index = torch.where(there, keys, 0).long()[:, None].expand(-1, a.shape[1], -1, -1)
+    return torch.where(there[:, None], torch.gather(a, 3, index), 0.0)
 
 
-def _top(a: Tensor, visible: Tensor, k: int) -> tuple[Tensor | None, Tensor | None]:
+def _top(a: Tensor, visible: Tensor, lse: Tensor, k: int) -> tuple[Tensor | None, Tensor | None]:
     if not k:
         return None, None
     found = min(k, a.shape[-1])
     mass, keys = a.masked_fill(~visible, -1.0).topk(found, dim=-1)
     mass = torch.nn.functional.pad(mass, (0, k - found), value=-1.0)
     keys = torch.nn.functional.pad(keys, (0, k - found), value=-1)
-    return torch.where(mass >= 0, keys, -1), mass.clamp(min=0)
+    return torch.where(mass >= 0, keys, -1), mass.clamp(min=0) + lse[..., None] * 0.0

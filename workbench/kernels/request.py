@@ -20,6 +20,13 @@ MAX_OFFSETS = 32
 # Numbers of a head that the Triton kernels take at most.
 WIDEST = 256
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
+# From this probability on, 1 - A is not taken by subtraction.
+HEAVY = 0.9
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is an int, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,8 @@ class StatisticsRequest:
 
     Per query (row): `output`, `lse` (natural log-sum-exp of the scaled, soft-capped logits, learned sink
     included), `max_logit` and `max_prob`, `argmax` (a key that attains it), `top_k` keys with their probabilities,
-    `entropy` (nats, over real keys: a learned sink's own term is left out), `distance` (mean of i - j) and `spread`
+    `entropy` (nats, over real keys: a learned sink's own term is left out; a sum in float32, so that of a peaked row
+    keeps an absolute error of a few 1e-7, not a relative one), `distance` (mean of i - j) and `spread`
     (standard deviation of the distance, over real keys), `mean_logit` over visible keys and `first_logit` of the
     first of them, mass on the `first` s and the `recent` w visible keys, mass at `offsets` (0 = the query itself,
     -1 = the previous key), how many keys are `above` each probability, `sink_mass` on a learned sink.
@@ -65,20 +73,24 @@ class StatisticsRequest:
     block: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("top_k", "diagonal_last", "block"):
+            if not is_whole(getattr(self, name)):
+                raise RequestError(f"{name} = {getattr(self, name)!r}: give a whole number.")
         if not 0 <= self.top_k <= MAX_TOP_K:
             raise RequestError(f"top_k = {self.top_k}: choose 0 to {MAX_TOP_K}.")
         if len(self.offsets) > MAX_OFFSETS:
             raise RequestError(f"{len(self.offsets)} offsets were asked for; at most {MAX_OFFSETS} fit one pass.")
         for offset in self.offsets:
+            if not is_whole(offset):
+                raise RequestError(f"Offset {offset!r}: give a whole number of tokens, 0 or below.")
             if offset > 0:
                 raise RequestError(f"Offset {offset} looks ahead of the query; causal attention has offsets <= 0.")
         for name in ("first", "recent", "column_last"):
             for size in getattr(self, name):
-                if not isinstance(size, int) or isinstance(size, bool):
+                if not is_whole(size):
                     raise RequestError(f"{name} of {size!r} tokens: give a whole number.")
                 if size < 1:
                     raise RequestError(f"{name} of {size} tokens is empty; ask for 1 or more.")
-
         for name in ("above", "column_above"):
             for level in getattr(self, name):
                 if not 0 < level < 1:
@@ -131,6 +143,12 @@ class AttentionStatistics:
     """The functionals that were asked for, float32 (keys: int64); the others are None.
 
     Rows that see no key are zero (keys: -1), never NaN. Key indices count from the first entry of `k`.
+
+    A NaN or infinity in a query, or in a key that it sees, makes the row's scalars, output, top masses and counts NaN
+    (keys: -1), and NaN what is summed over such rows; maxima over rows may leave them out. One in a value reaches all
+    rows that see it and may reach others of the prompt (a product with zero), as in any attention; the identities'
+    entropy takes keys as values. In padding, they reach no real row. Hopper's own kernels report a row of NaN logits as
+    one that sees nothing (log-sum-exp 0, key -1), though with an output of NaN.
     """
 
     output: Float[Tensor, "batch head query value_dim"] | None = None

@@ -95,14 +95,16 @@ class Tile:
     def softmax(self, sinks: Tensor | None) -> None:
         """Probabilities into the second buffer; the first then holds logits minus the row's maximum."""
         self.maxima = self.logits.unflatten(-1, (-1, GROUP)).amax(-1)  # type: ignore[no-untyped-call]
-        self.top = self.maxima.amax(-1)
+        top = self.maxima.amax(-1)
+        # Every row sees a key: a maximum that low is an infinite logit, of which a softmax knows nothing.
+        self.top = torch.where(top < MASKED / 2, torch.nan, top)
         shift = self.top if sinks is None else torch.maximum(self.top, sinks)
         self.logits.sub_(shift[..., None])
         torch.exp2(self.logits, out=self.p)
         real = self.p.sum(-1)
         total = real if sinks is None else real + torch.exp2(sinks - shift)
         self.log_total, self.total_real = torch.log2(total), real / total
-        self.lse, self.shift = shift + self.log_total, shift
+        self.lse, self.shift, self.sinks = shift + self.log_total, shift, sinks
         self.p.mul_(total.reciprocal()[..., None])
 
     def write_rows(self, out: dict[str, Tensor], columns: Tensor | None) -> None:
@@ -113,8 +115,8 @@ class Tile:
             out["max_prob"][..., rows] = torch.exp2(self.top - self.lse)
         if "max_logit" in out:
             out["max_logit"][..., rows] = self.top * LN2
-        if "sink_mass" in out and self.call.sinks is not None:
-            out["sink_mass"][..., rows] = 1.0 - self.total_real
+        if "sink_mass" in out and self.sinks is not None:
+            out["sink_mass"][..., rows] = torch.exp2(self.sinks - self.lse)
         if columns is not None:
             prompts, heads, group, count, width = self.shape
             product = torch.bmm(
@@ -176,7 +178,8 @@ class Tile:
             near = (band > self.row_index[:, None] - size).to(self.p.dtype)
             out["recent"][..., rows, slot] = (self.p[..., low:] * near).sum(-1)
         for slot, level in enumerate(self.request.above):
-            out["above"][..., rows, slot] = (self.p > level).sum(-1).float()
+            # A NaN is above nothing, and its row no count.
+            out["above"][..., rows, slot] = (self.p > level).sum(-1).float() + self.lse * 0.0
 
     def _write_maxima(self, out: dict[str, Tensor]) -> None:
         rows, start = self.span.rows, self.span.columns.start + self.call.first_key
@@ -187,12 +190,13 @@ class Tile:
             real = values > MASKED / 2
             out["top_keys"][..., rows, :wanted] = torch.where(real, keys, -1)
             if "argmax" in out:
-                out["argmax"][..., rows] = keys[..., 0]
-            out["top_mass"][..., rows, :wanted] = torch.where(real, torch.exp2(values - self.log_total[..., None]), 0.0)
+                out["argmax"][..., rows] = out["top_keys"][..., rows, 0]
+            mass = torch.where(real, torch.exp2(values - self.log_total[..., None]), (self.lse * 0.0)[..., None])
+            out["top_mass"][..., rows, :wanted] = mass
         elif "argmax" in out:
             best = self.maxima.argmax(-1, keepdim=True)
             inside = self._groups(best).argmax(-1)
-            out["argmax"][..., rows] = best[..., 0] * GROUP + inside + start
+            out["argmax"][..., rows] = torch.where(self.lse.isnan(), -1, best[..., 0] * GROUP + inside + start)
 
     def _top(self, wanted: int) -> tuple[Tensor, Tensor]:
         """The largest logits and their columns; in a wide block, only the groups that can hold them are searched."""

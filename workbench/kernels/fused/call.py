@@ -59,11 +59,11 @@ class FusedCall:
             else start.to(device, torch.int32)
         )
         high = torch.full_like(low, self.geometry.keys) if end is None else end.to(device, torch.int32)
-        return low, high
+        return low.clamp(0, self.geometry.keys), high.clamp(0, self.geometry.keys)
 
     def where_real(self, value: Tensor) -> Tensor:
-        """`value` `[batch, head, query]`, zero at queries of padding (any other sees a key)."""
-        if not self.padded:
+        """`value` `[batch, lane, query]`, zero at queries that see no key."""
+        if not self.padded and not (self.geometry.causal and self.geometry.query_offset < 0):
             return value
         place = torch.arange(self.geometry.queries, device=self.q.device) + self.geometry.query_offset
         low, high = self.real_keys
@@ -111,9 +111,25 @@ class FusedCall:
         """An array per batch and query head; every kernel writes all of it."""
         return self.q.new_empty(*self.q.shape[:2], *tail, dtype=dtype)
 
+    def real_only(self, functions: Tensor) -> Tensor:
+        """Functions `[batch, lane, key, column]` of the key, zero in padding, which may hold anything (NaN too)."""
+        if not self.padded:
+            return functions
+        index = torch.arange(self.geometry.keys, device=self.q.device)
+        low, high = self.real_keys
+        hidden = (index < low[:, None]) | (index >= high[:, None])
+        return functions.masked_fill(hidden[:, None, :, None], 0)
+
     def none(self) -> Tensor:
         """Stands for an array that a kernel does not touch."""
         return self.q
+
+
+def power_of_two(largest: Tensor) -> Tensor:
+    """Exact factors (float32) that bring `largest` to 2^14 or more, below 2^15; one where it is zero or not finite."""
+    exponent = torch.frexp(largest.float()).exponent
+    steps = torch.where((largest > 0) & torch.isfinite(largest), 15 - exponent, 0).clamp(-100, 100)
+    return ((steps.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
 def strides(x: Tensor) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ def columns(call: FusedCall, request: StatisticsRequest, lse: Tensor, weights: T
         _launch(call, lse, sums=found.get("column_sum"), tops=found.get("column_max"))
     if weights is not None:
         found["column_weighted"] = call.empty(weights.shape[1], keys)
-        by_query = weights.float().transpose(1, 2).contiguous()
+        by_query = call.where_real(weights.float()).transpose(1, 2).contiguous()
         _launch(call, lse, weights=by_query, weighted=found["column_weighted"])
     for name, wanted in (("column_last", request.column_last), ("column_above", request.column_above)):
         if not wanted:
@@ -36,7 +36,7 @@ def columns(call: FusedCall, request: StatisticsRequest, lse: Tensor, weights: T
         for value in wanted:
             parts.append(call.empty(keys, dtype=torch.int64 if name == "column_above" else torch.float32))
             if name == "column_last":
-                _launch(call, lse, sums=parts[-1], last=int(value))
+                _launch(call, lse, sums=parts[-1], last=min(int(value), call.geometry.queries))
             else:
                 _launch(call, lse, first=parts[-1], level=value)
         found[name] = torch.stack(parts, dim=2)

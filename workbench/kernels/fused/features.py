@@ -2,7 +2,11 @@
 
 Spans hold few keys. A second pass over just those keys, gathered, costs a fraction of attention, and it keeps the row
 pass free of a product that most tiles do not need. Probabilities are split into two half-precision parts, functions too
-unless they are exact: the sums keep about float32 accuracy on tensor cores.
+unless they are exact: the sums keep about float32 accuracy on tensor cores (2^-16 in bfloat16).
+
+The exponents of float16 are few, so that probabilities are multiplied by 2^15 and functions by the power of two that
+brings a column's largest to 2^14: what is lost of each key is below 2^-40 of the probability, and of the column's
+largest function.
 """
 
 from __future__ import annotations
@@ -14,13 +18,16 @@ import triton.language as tl
 
 from workbench.kernels.fused.tiles import LN2, capped, key_bounds, product, visible
 
+# Steps of two that probabilities are raised by, in half precision.
+SHIFT = tl.constexpr(15.0)
+
 
 @triton.jit
 @no_type_check
 def feature_kernel(
-    Q, K, LSE, F, F2, LIST, BEFORE, START, END, OUT,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_fb, stride_fh, stride_fn, stride_lb,
-    stride_lh, stride_tb, stride_th, heads, queries, keys, scale, softcap, window, D,
+    Q, K, LSE, F, F2, UNDO, LIST, BEFORE, START, END, OUT,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_fb, stride_fh, stride_fn, stride_ub,
+    stride_uh, stride_lb, stride_lh, stride_tb, stride_th, heads, queries, keys, scale, softcap, window, D,
     C: tl.constexpr, C_PAD: tl.constexpr, GROUP: tl.constexpr, D_PAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PADDED: tl.constexpr, EXACT: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -55,6 +62,8 @@ def feature_kernel(
         keys_t = tl.load(k_tile, mask=(dims[:, None] < D) & real[None, :], other=0.0)
         x = capped(product(q, keys_t, EXACT), scale, SOFTCAP, softcap) - lse[:, None]
         seen = visible(place[:, None], key[None, :], start, end, WINDOW, window, CAUSAL) & real[None, :]
+        if not EXACT:
+            x += SHIFT
         p = tl.where(seen, tl.exp2(tl.where(seen, x, 0.0)), 0.0)
         f_tile = f_lane + key.to(tl.int64)[:, None] * stride_fn + columns[None, :]
         near = (columns[None, :] < C) & real[:, None]
@@ -68,4 +77,8 @@ def feature_kernel(
             total = tl.dot(low_part, f, total)
             if SPLIT:
                 total = tl.dot(high_part, tl.load(F2 + f_tile, mask=near, other=0.0), total)
+    if not EXACT:
+        undo = UNDO + wide * stride_ub + kv_head.to(tl.int64) * stride_uh + columns
+        total = total * tl.load(undo, mask=columns < C, other=0.0)[None, :]
+    total = tl.where((lse != lse)[:, None], float("nan"), total)
     tl.store(OUT + out[:, None] * C + columns[None, :], total, mask=inside[:, None] & (columns[None, :] < C))

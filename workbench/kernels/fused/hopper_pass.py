@@ -30,6 +30,7 @@ def takes(call: FusedCall, *tensors: Tensor) -> bool:
         and geometry.start is None
         and geometry.end is None
         and geometry.window_of(geometry.keys) is None
+        and geometry.queries <= geometry.keys
         and all(_addressable(x) for x in (call.q, call.k, *tensors))
     )
 

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from workbench.errors import RequestError
-from workbench.kernels.fused.call import FusedCall, strides
+from workbench.kernels.fused.call import FusedCall, power_of_two, strides
 from workbench.kernels.fused.column_pass import columns
 from workbench.kernels.fused.feature_pass import features
 from workbench.kernels.fused.map_pass import block_maps, diagonals, removal_map
@@ -45,7 +45,7 @@ def fused_statistics(
     if lse is None or request.needs_rows:
         found = row_pass(call, request)
     else:
-        found = {"lse": lse.float().contiguous()}
+        found = {"lse": call.where_real(lse.float()).contiguous()}
     lse = found["lse"]
     found |= features(call, lse, key_features, value_features)
     found |= _lookups(call, request, lse, query_keys) | _bands(call, request, lse)
@@ -57,7 +57,7 @@ def fused_statistics(
     if request.diagonal:
         found["diagonal"] = diagonals(call, geometry.queries, lse)
     if request.diagonal_last:
-        found["diagonal_last"] = diagonals(call, request.diagonal_last, lse)
+        found["diagonal_last"] = diagonals(call, min(request.diagonal_last, geometry.queries), lse)
     if not request.lse:
         del found["lse"]
     return AttentionStatistics(**found)
@@ -65,11 +65,17 @@ def fused_statistics(
 
 def fused_removal(
     q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float, softcap: float | None, block: int, lse: Tensor,
-    gradient: Tensor, delta: Tensor,
-) -> Tensor:  # fmt: skip
-    """Block sums of absolute removal effects; the contract of `kernels.maps.removal_effects`."""
+    gradient: Tensor, output: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Block sums of absolute removal effects without heavy entries, and each row's heavy key (-1: none); the contract
+    of `kernels.removal.removal_effects`."""
     call = fused_call(q, k, v, geometry, scale, softcap, None)
-    return removal_map(call, block, lse.contiguous(), gradient.to(call.q.dtype).contiguous(), delta)
+    # Products are in the dtype of q, whose exponents may be few: each row is brought to order one, and back.
+    factor = power_of_two(gradient.abs().amax(-1))
+    scaled = (gradient.float() * factor[..., None]).to(call.q.dtype).contiguous()
+    # Of the rounded gradient, so that its differences from the products keep their digits.
+    delta = (scaled.float() * output.float()).sum(-1)
+    return removal_map(call, block, call.where_real(lse.float()).contiguous(), scaled, delta, 1.0 / factor)
 
 
 def fused_call(
@@ -88,7 +94,9 @@ def _lookups(call: FusedCall, request: StatisticsRequest, lse: Tensor, slots: Te
     """Mass at offsets and at listed keys, and the logit of the first visible key."""
     found = {}
     if request.offsets:
-        offsets = on_device(request.offsets, torch.int32, lse.device)
+        # What lies beyond the first key is nothing, however far; a kernel counts in 32 bits.
+        near = tuple(max(offset, -call.geometry.keys) for offset in request.offsets)
+        offsets = on_device(near, torch.int32, lse.device)
         found["offsets"] = pairs(call, lse, offsets=offsets)
     if slots is not None:
         found["at_keys"] = pairs(call, lse, slots=slots[:, None])
@@ -97,7 +105,7 @@ def _lookups(call: FusedCall, request: StatisticsRequest, lse: Tensor, slots: Te
         if call.geometry.window is not None:
             place = torch.arange(call.geometry.queries, device=lse.device) + call.geometry.query_offset
             first = torch.maximum(first, (place - call.geometry.window + 1)[None, :, None])
-        found["first_logit"] = pairs(call, lse, slots=first[:, None], logit=True)[..., 0]
+        found["first_logit"] = pairs(call, lse, slots=first[:, None], logit=True)[..., 0] + lse * 0.0
     return found
 
 
@@ -109,6 +117,8 @@ def _bands(call: FusedCall, request: StatisticsRequest, lse: Tensor) -> dict[str
         wanted = getattr(request, kind)
         if not wanted:
             continue
+        if kind != "above":
+            wanted = tuple(min(size, call.geometry.keys) for size in wanted)
         out = call.empty(call.geometry.queries, len(wanted))
         grid = (triton.cdiv(call.geometry.queries, tiles.rows), len(call.q) * call.heads, len(wanted))
         band_kernel[grid](
@@ -133,4 +143,4 @@ def top(call: FusedCall, count: int, lse: Tensor) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
     best, order = logits.topk(count, dim=-1)
     chosen = keys.gather(-1, order)
-    return chosen, torch.where(chosen >= 0, torch.exp(best - lse[..., None]), 0.0)
+    return chosen, torch.where(chosen >= 0, torch.exp(best - lse[..., None]), lse[..., None] * 0.0)

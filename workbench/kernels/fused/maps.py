@@ -18,14 +18,16 @@ from workbench.kernels.fused.tiles import LN2, capped, key_bounds, product, visi
 @triton.jit
 @no_type_check
 def block_kernel(
-    Q, K, V, LSE, GRAD, DELTA, START, END, SUMS, TOPS,
+    Q, K, V, LSE, GRAD, DELTA, UNDO, PLACE, START, END, SUMS, TOPS,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     heads, queries, keys, block_rows, block_columns, scale, softcap, window, D, DV,
     GROUP: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     B: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     PADDED: tl.constexpr, EXACT: tl.constexpr, MAXIMUM: tl.constexpr, REMOVAL: tl.constexpr,
+    HEAVY: tl.constexpr,
 ):  # fmt: skip
-    """A row block's share of the map; blocks that no row sees are left as they were (zero)."""
+    """A row block's share of the map; blocks that no row sees are left as they were (zero). Under REMOVAL, entries
+    above HEAVY are left out, and each row's is named in PLACE."""
     block, lane = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     batch, head = lane // heads, lane % heads
     wide, offset = batch.to(tl.int64), keys - queries
@@ -44,6 +46,8 @@ def block_kernel(
         near = inside[:, None] & (values[None, :] < DV)
         grad = tl.load(GRAD + flat[:, None] * DV + values[None, :], mask=near, other=0.0)
         delta = tl.load(DELTA + flat, mask=inside, other=0.0)
+        undo = tl.load(UNDO + flat, mask=inside, other=0.0)
+        heavy = tl.zeros([M], tl.int32) - 1
         v = V + wide * stride_vb + (head // GROUP).to(tl.int64) * stride_vh
     low, clear_low, clear_high, high = key_bounds(
         block * M + offset, tl.minimum(block * M + M, queries) + offset, start, end, WINDOW, window, CAUSAL, N
@@ -65,9 +69,9 @@ def block_kernel(
             v_tile = v + n0.to(tl.int64) * stride_vn + values[:, None] + step[None, :] * stride_vn
             vals = tl.load(v_tile, mask=(values[:, None] < DV) & (key[None, :] < end), other=0.0)
             gain = product(grad, vals.to(grad.dtype), EXACT) - delta[:, None]
-            # Removing the only key of a row leaves nothing to renormalise.
-            kept = 1.0 - p
-            p = tl.where(kept > 1e-6, tl.abs(p * gain) / tl.maximum(kept, 1e-6), 0.0)
+            # Near one, 1 - p has lost its digits. Where there is no mass, values may be anything, NaN too.
+            heavy = tl.maximum(heavy, tl.max(tl.where(p > HEAVY, key[None, :], -1), 1))
+            p = tl.where((p > HEAVY) | (p == 0.0), 0.0, tl.abs(p * gain) * undo[:, None] / (1.0 - p))
         parts = tl.reshape(p, [M // B, B, N // B, B])
         place = (block * (M // B) + tl.arange(0, M // B)).to(tl.int64)[:, None] * block_columns
         column = n0 // B + tl.arange(0, N // B)
@@ -75,6 +79,8 @@ def block_kernel(
         tl.store(SUMS + grid + place + column[None, :], tl.sum(tl.sum(parts, 3), 1), mask=fits)
         if MAXIMUM:
             tl.store(TOPS + grid + place + column[None, :], tl.max(tl.max(parts, 3), 1), mask=fits)
+    if REMOVAL:
+        tl.store(PLACE + flat, heavy.to(tl.int64), mask=inside)
 
 
 @triton.jit

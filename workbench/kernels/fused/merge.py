@@ -34,13 +34,16 @@ def merge_kernel(
     if SINK:
         sink = tl.load(SINKS + head) / LN2
         shift = tl.maximum(shift, sink)
-    weight = tl.where(length > 0, tl.exp2(m - shift), 0.0)
+    weight = tl.where(length == 0, 0.0, tl.exp2(m - shift))
     total = tl.sum(length * weight, 0)
     norm = total
     if SINK:
         norm += tl.exp2(sink - shift)
-    seen = total > 0
-    norm = tl.where(seen, norm, 1.0)
+    seen = (place >= start) & (place < end)
+    # A row that sees keys and sums up to nothing, or to no number, has NaN or infinite logits.
+    bad = seen & ~((total > 0) & (total < 3.0e38))
+    total = tl.where(bad, float("nan"), total)
+    norm = tl.where(bad, float("nan"), tl.where(seen, norm, 1.0))
     level = tl.log2(norm) + shift
     real = total / norm
     tl.store(LSE + flat, tl.where(seen, level * LN2, 0.0))
@@ -53,9 +56,9 @@ def merge_kernel(
     if ENTROPY:
         spent = tl.load(ENT_IN + index, mask=there, other=0.0)
         # Where nothing was summed, the maximum is no number to compute with.
-        spent = tl.where(length > 0, spent + length * (m - shift), 0.0)
+        spent = tl.where(length == 0, 0.0, spent + length * (m - shift))
         entropy = ((level - shift) * real - tl.sum(spent * weight, 0) / norm) * LN2
-        tl.store(ENT + flat, tl.where(seen, tl.maximum(entropy, 0.0), 0.0))
+        tl.store(ENT + flat, tl.where(bad, norm, tl.where(seen, tl.maximum(entropy, 0.0), 0.0)))
     if MEAN:
         first, last = start, end
         if CAUSAL:
@@ -63,7 +66,8 @@ def merge_kernel(
         if WINDOW:
             first = tl.maximum(start, place - window + 1)
         logits = tl.sum(tl.load(MEAN_IN + index, mask=there & (length > 0), other=0.0), 0)
-        tl.store(MEANS + flat, tl.where(seen, logits * LN2 / tl.maximum(last - first, 1).to(tl.float32), 0.0))
+        mean = logits * LN2 / tl.maximum(last - first, 1).to(tl.float32)
+        tl.store(MEANS + flat, tl.where(bad, norm, tl.where(seen, mean, 0.0)))
     if PLACE:
         centre = tl.load(CENTRE_IN + index, mask=there, other=0.0)
         moment = tl.load(SPREAD_IN + index, mask=there, other=0.0)
@@ -72,10 +76,11 @@ def merge_kernel(
         away = centre - mean
         moment = tl.sum(moment * weight, 0) / tl.where(seen, total, 1.0) + tl.sum(share * away * away, 0)
         tl.store(DISTANCE + flat, tl.where(seen, (place.to(tl.float32) - mean) * real, 0.0))
-        tl.store(SPREAD + flat, tl.where(seen, tl.sqrt(tl.maximum(moment, 0.0)), 0.0))
+        spread = tl.where(seen, tl.sqrt(tl.maximum(moment, 0.0)), 0.0)
+        tl.store(SPREAD + flat, tl.where(bad, norm, spread))
     if MAXIMUM:
         top, best = tl.max(tl.load(MAX_IN + index, mask=there, other=-2.0e30), 0, return_indices=True)
-        tl.store(MAX + flat, tl.where(seen, top, 0.0))
+        tl.store(MAX + flat, tl.where(bad, norm, tl.where(seen, top, 0.0)))
         if ARGMAX:
             chosen = tl.load(ARG_IN + best.to(tl.int64) * total_rows + flat)
-            tl.store(ARG + flat, tl.where(seen, chosen, -1))
+            tl.store(ARG + flat, tl.where(seen & ~bad, chosen, -1))

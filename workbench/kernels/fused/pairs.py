@@ -49,7 +49,9 @@ def pair_kernel(
             key = place + tl.load(OFFSETS + slot)
         else:
             listed = SLOTS + wide * stride_sb + head.to(tl.int64) * stride_sh + row.to(tl.int64) * stride_sn + slot
-            key = tl.load(listed, mask=inside, other=-1).to(tl.int32)
+            # Whatever is no key is none; compared before it is narrowed.
+            named = tl.load(listed, mask=inside, other=-1)
+            key = tl.where((named >= 0) & (named < keys), named, -1).to(tl.int32)
         seen = visible(place, key, start, end, WINDOW, window, CAUSAL) & inside
         k_rows = k + tl.where(seen, key, 0).to(tl.int64)[:, None] * stride_kn
         picked = tl.load(k_rows + dims[None, :], mask=seen[:, None] & (dims[None, :] < D), other=0.0)
@@ -119,4 +121,7 @@ def band_kernel(
             total += tl.sum((seen & (p > level)).to(tl.float32), 1)
         else:
             total += tl.sum(p, 1)
+    if KIND == "above":
+        # A NaN is above nothing, and its row no count.
+        total = tl.where(lse == lse, total, lse)
     tl.store(OUT + out * COUNT + slot, total, mask=inside)

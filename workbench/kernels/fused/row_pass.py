@@ -31,7 +31,10 @@ def row_pass(call: FusedCall, request: StatisticsRequest) -> dict[str, Tensor]:
         result["max_prob"] = call.where_real(torch.exp(found["max_logit"] - found["lse"]))
     if request.sink_mass:
         none = torch.zeros_like(found["lse"])
-        result["sink_mass"] = none if call.sinks is None else call.where_real(1.0 - found["real"])
+        if call.sinks is not None:
+            # Not 1 less the keys' mass: that would cancel.
+            none = call.where_real(torch.exp(call.sinks.float()[:, None] - found["lse"]))
+        result["sink_mass"] = none
     return result
 
 

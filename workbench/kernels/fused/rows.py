@@ -16,7 +16,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from workbench.kernels.fused.tiles import HIDDEN, LN2, capped, key_bounds, product, visible
+from workbench.kernels.fused.tiles import HIDDEN, LN2, capped, key_bounds, product, real_rows, visible
 
 
 @triton.jit
@@ -107,7 +107,9 @@ def _sweep(
             if EVEN and not MASKED:
                 vals = tl.load(v_tile)
             else:
-                vals = tl.load(v_tile, mask=(values[None, :] < DV) & (keys[:, None] < end), other=0.0)
+                # What padding holds may be NaN, and zero times it too.
+                real = (keys[:, None] >= start) & (keys[:, None] < end)
+                vals = tl.load(v_tile, mask=(values[None, :] < DV) & real, other=0.0)
             acc = acc * alpha[:, None]
             if EXACT:
                 acc = tl.dot(p, vals, acc, input_precision="ieee")
@@ -125,7 +127,10 @@ def _range(first, last, offset, queries, start, end, split, tiles_per_split, WIN
     low, clear_low, clear_high, high = key_bounds(
         first + offset, tl.minimum(last, queries) + offset, start, end, WINDOW, window, CAUSAL, N
     )
-    if (last + offset <= start) | (first + offset >= end):
+    padding = last + offset <= start
+    if not CAUSAL:
+        padding = padding & (first + offset >= 0)
+    if padding | (first + offset >= end):
         # Nothing but padding.
         clear_low, clear_high, high = low, low, low
     if SPLIT:
@@ -169,17 +174,20 @@ def _write_rows(LSE, REAL, ENT, CENTRE, SPREAD, MEANS, m, length, spent, centre,
     norm = tl.where(seen, norm, 1.0)
     inverse = tl.where(seen, factor / norm, 0.0)
     log_norm = tl.log2(norm) + shift
+    # NaN stays NaN, where a maximum on the device would drop it.
+    bad = length != length
     real = length * inverse
     tl.store(LSE, tl.where(seen, log_norm * LN2, 0.0), mask=inside)
     if SINK:
         tl.store(REAL, real, mask=inside)
     if ENTROPY:
         entropy = ((log_norm - m) * real - spent * inverse) * LN2
-        tl.store(ENT, tl.where(seen, tl.maximum(entropy, 0.0), 0.0), mask=inside)
+        tl.store(ENT, tl.where(bad, length, tl.where(seen, tl.maximum(entropy, 0.0), 0.0)), mask=inside)
     if PLACE:
         away = tl.where(seen, (rows - tl.min(rows, 0)).to(tl.float32) - centre, 0.0)
         tl.store(CENTRE, away * real, mask=inside)
-        tl.store(SPREAD, tl.sqrt(tl.maximum(moment / tl.maximum(length, 1e-37), 0.0)), mask=inside)
+        spread = tl.sqrt(tl.maximum(moment / tl.maximum(length, 1e-37), 0.0))
+        tl.store(SPREAD, tl.where(bad, length, tl.where(seen, spread, 0.0)), mask=inside)
     if MEAN:
         low_key, high_key = tl.zeros_like(rows) + start, tl.zeros_like(rows) + end
         if CAUSAL:
@@ -187,7 +195,7 @@ def _write_rows(LSE, REAL, ENT, CENTRE, SPREAD, MEANS, m, length, spent, centre,
         if WINDOW:
             low_key = tl.maximum(low_key, rows - window + 1)
         count = tl.maximum(high_key - low_key, 1).to(tl.float32)
-        tl.store(MEANS, tl.where(seen, total * LN2 / count, 0.0), mask=inside)
+        tl.store(MEANS, tl.where(bad, length, tl.where(seen, total * LN2 / count, 0.0)), mask=inside)
     return inverse
 
 
@@ -255,7 +263,13 @@ def row_kernel(
     )  # fmt: skip
     m, length, acc, spent, best, best_tile, total, centre, moment = state
     # Rows of right padding went through unmasked tiles.
-    seen = (length > 0) & (rows >= start) & (rows < end)
+    seen = real_rows(rows, start, end, CAUSAL)
+    if SPLIT:
+        seen = seen & (length != 0)
+    else:
+        # A row that sees keys and sums up to nothing, or to no number, has NaN or infinite logits.
+        length = tl.where((length > 0) & (length < 3.0e38), length, float("nan"))
+        length = tl.where(seen, length, 0.0)
     if ARGMAX:
         place = best_tile
         if not EXACT:
@@ -277,7 +291,7 @@ def row_kernel(
             total, sink, rows, seen, inside, start, end, window, ENTROPY, PLACE, MEAN, SINK, CAUSAL, WINDOW,
         )  # fmt: skip
     if ARGMAX:
-        place = tl.where(seen, place, -1)
+        place = tl.where(seen & (length == length), place, -1)
         tl.store(ARG + out, place.to(tl.int64), mask=inside)
     if MAXIMUM:
         top = m
@@ -286,7 +300,9 @@ def row_kernel(
             picked = k + tl.maximum(place, 0).to(tl.int64)[:, None] * stride_kn + dims[None, :]
             chosen = tl.load(picked, mask=(dims[None, :] < D) & (place[:, None] >= 0), other=0.0)
             top = capped(tl.sum(q.to(tl.float32) * chosen.to(tl.float32), 1), scale, SOFTCAP, softcap)
+        if not SPLIT:
+            top = tl.where(length == length, top, length)
         tl.store(MAX + out, tl.where(seen, top * LN2, HIDDEN if SPLIT else 0.0), mask=inside)
     if OUTPUT:
-        acc = acc * inverse[:, None]
+        acc = tl.where(seen[:, None], acc * inverse[:, None], 0.0)
         tl.store(OUT + out[:, None] * DV + values[None, :], acc, mask=inside[:, None] & (values[None, :] < DV))

@@ -47,6 +47,9 @@ def query_bounds(first, last, start, end, offset, queries, WINDOW: tl.constexpr,
                  M: tl.constexpr):  # fmt: skip
     """Query tiles that see any key of [first, last), as `key_bounds`, in queries (key index less `offset`)."""
     low = tl.maximum(start - offset, 0)
+    if not CAUSAL:
+        # Queries before the first key see all keys.
+        low = tl.where(offset < 0, 0, low)
     clear = low
     if CAUSAL:
         low = tl.maximum(low, first - offset)
@@ -65,9 +68,19 @@ def query_bounds(first, last, start, end, offset, queries, WINDOW: tl.constexpr,
 
 @triton.jit
 @no_type_check
+def real_rows(rows, start, end, CAUSAL: tl.constexpr):
+    """Queries (their key indices) that are not padding; without causality those before the first key are real too."""
+    real = (rows >= start) & (rows < end)
+    if not CAUSAL:
+        real = real | (rows < 0)
+    return real
+
+
+@triton.jit
+@no_type_check
 def visible(rows, keys, start, end, WINDOW: tl.constexpr, window, CAUSAL: tl.constexpr):
     """The mask of a tile; `rows` are key indices of queries, and both broadcast."""
-    seen = (keys >= start) & (keys < end) & (rows >= start) & (rows < end)
+    seen = (keys >= start) & (keys < end) & real_rows(rows, start, end, CAUSAL)
     if CAUSAL:
         seen = seen & (keys <= rows)
     if WINDOW:

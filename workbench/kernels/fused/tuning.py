@@ -1,7 +1,7 @@
 """Tile shapes by device, kernel, head width and element size.
 
 The table holds what was fastest where it was measured; a device or shape that is not in it takes the fallback,
-and says so once.
+and says so once for each device and kernel.
 """
 
 from __future__ import annotations
@@ -52,9 +52,15 @@ def _lookup(capability: tuple[int, int], kernel: str, width: int, size: int) -> 
     found = TABLE.get((capability, kernel, width, size))
     if found is None:
         found = _fallback(width, size)
-        if kernel in ("rows", "columns", "blocks") and size == 2:
-            _log.info("no tuned tiles for %s at width %d on capability %s: using %s", kernel, width, capability, found)
+        if any(kernel == tuned for _, tuned, _, _ in TABLE):
+            _warn(capability, kernel)
     return found
+
+
+@lru_cache
+def _warn(capability: tuple[int, int], kernel: str) -> None:
+    """Once per device and kernel, whatever width or element size comes first."""
+    _log.warning("no tuned tiles for kernel %r on capability %d.%d: using untuned ones", kernel, *capability)
 
 
 def _fallback(width: int, size: int) -> Tiles:
