@@ -69,12 +69,12 @@ def test_names_in_the_help_are_those_that_exist():
     from workbench.cli.atlas import MapName, SetName
     from workbench.cli.export import FormatName, JoinName
     from workbench.cli.options import DETECTOR_NAMES
+    from workbench.cli.study import EngineName
     from workbench.cli.verify import HowName, ProbeName
     from workbench.heads import CORE
     from workbench.heads.clusters import METHODS
     from workbench.heads.probes import _BUILDERS
     from workbench.heads.sets import SETS
-    from workbench.cli.study import EngineName
     from workbench.runs.interchange import Join
     from workbench.studies.engine import ENGINES
     from workbench.tracing.edits import HOWS

@@ -76,18 +76,22 @@ def copying(
         ]
         if final_norm:
             estimates.append(Estimate("qk fix, norm frozen", "noising", node, level(frozen)))
-    live_heads = [h for h, gain in enumerate(gains) if gain]
-    group = len(gains) // kv_heads
-    kv = sorted({h // group for h in live_heads})
-    edges = [Edge("embed", f"L0H{h}", "q") for h in live_heads] + [Edge(f"L0H{h}", "logits") for h in live_heads]
-    edges += [Edge("embed", f"L0KV{g}", through) for g in kv for through in ("k", "v")]
-    nodes = ["embed", *(f"L0H{h}" for h in live_heads), *(f"L0KV{g}" for g in kv)]
+    nodes, edges = _live(gains, kv_heads)
     for edge in edges:
         node = edge.source if edge.target == "logits" else f"{edge.target}.{edge.through}"
         outcomes += [Outcome(one.how, one.metric, edges=(edge,)) for one in outcomes if one.nodes == (node,)]
     story = Story("copying", f"heads of strengths {tuple(gains)} copy a value; corrupt: {corrupt}", nodes, edges)
     ends = (metric(gap, 0.0), metric(0.0, gap))
     return planted(story, model, clean, other, answers, foils, ends, outcomes, estimates, seed)
+
+
+def _live(gains: Sequence[float], kv_heads: int) -> tuple[list[str], list[Edge]]:
+    """Nodes and edges through which anything is copied."""
+    heads = [h for h, gain in enumerate(gains) if gain]
+    kv = sorted({h // (len(gains) // kv_heads) for h in heads})
+    edges = [Edge("embed", f"L0H{h}", "q") for h in heads] + [Edge(f"L0H{h}", "logits") for h in heads]
+    edges += [Edge("embed", f"L0KV{g}", through) for g in kv for through in ("k", "v")]
+    return ["embed", *(f"L0H{h}" for h in heads), *(f"L0KV{g}" for g in kv)], edges
 
 
 def negative_head(strength: float = 0.3, *, seed: int = 0) -> GroundTruth:

@@ -43,7 +43,8 @@ def colored_objects(
     def draw() -> Pair:
         shades = [str(one) for one in rng.choice(colours.words, 2 * LISTED, replace=False)]
         objects = [str(one) for one in rng.choice(things.words, 2 * LISTED, replace=False)]
-        example, asked, other = int(rng.integers(LISTED)), *rng.choice(LISTED, 2, replace=False).tolist()
+        example = int(rng.integers(LISTED))
+        asked, other = (int(one) for one in rng.choice(LISTED, 2, replace=False))
         words = {f"surface{at}": str(rng.choice(SURFACES)) for at in range(2)}
         words |= {f"intro{at}": str(rng.choice(INTRODUCTIONS)) for at in range(2)}
         return _pair(shades, objects, (example, asked, other), words)

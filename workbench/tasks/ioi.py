@@ -111,7 +111,8 @@ def _chosen(templates: Sequence[int] | None) -> Sequence[int]:
 
 def _pair(template: str, order: str, corruption: str, names: Sequence[str], words: dict[str, str]) -> Pair:
     io, s, *others = names[:5]
-    changed = {"s2_io": (io, s, io), "s2_random": (io, s, others[0]), "abc": tuple(others), "order": (io, s, s)}
+    a, b, c = others
+    changed = {"s2_io": (io, s, io), "s2_random": (io, s, a), "abc": (a, b, c), "order": (io, s, s)}
 
     def text(io: str, s: str, s2: str, shown: str) -> Filled:
         one, two = (io, s) if shown == "ABBA" else (s, io)
@@ -121,11 +122,11 @@ def _pair(template: str, order: str, corruption: str, names: Sequence[str], word
     other = {"ABBA": "BABA", "BABA": "ABBA"}[order]
     return Pair(
         clean=text(io, s, s, order),
-        corrupt=text(*changed[corruption], shown=other if corruption == "order" else order),
+        corrupt=text(*changed[corruption], other if corruption == "order" else order),
         answers=(f" {io}",),
         foils=(f" {s}",),
         info={"template": template, "order": order, "io": io, "s": s},
-        reference=text(*others, shown=order),
+        reference=text(a, b, c, order),
     )
 
 

@@ -43,12 +43,8 @@ def lag_induction(
     """
     check_count("lag_induction", prompts)
     choose("corruption", corruption, CORRUPTIONS)
+    _check_lags(lags, repeated, length)
     low, high = lags
-    if repeated < 1 or not 3 <= low <= high or high + repeated > length:
-        raise RequestError(
-            f"lags={lags}, repeated={repeated}, length={length}: choose 3 <= low <= high, at least one repeated token, "
-            "and a length of at least the highest lag and the repeated tokens together."
-        )
     prefix, allowed = ordinary_ids(tokenizer, bos, bos_id)
     if len(allowed) < length + 1:
         raise RequestError(f"{length + 1} distinct tokens are needed, and there are {len(allowed)}; lower length.")
@@ -85,3 +81,12 @@ def lag_induction(
         circuit=INDUCTION_GPT2_SMALL,
         info=tuple({"lag": one} for one in lag.tolist()),
     )
+
+
+def _check_lags(lags: tuple[int, int], repeated: int, length: int) -> None:
+    low, high = lags
+    if repeated < 1 or not 3 <= low <= high or high + repeated > length:
+        raise RequestError(
+            f"lags={lags}, repeated={repeated}, length={length}: choose 3 <= low <= high, at least one repeated token, "
+            "and a length of at least the highest lag and the repeated tokens together."
+        )
