@@ -38,6 +38,8 @@ def some_changes(spec):
         kv = site in ("k", "v")
         head = (0 if kv else spec.layers[1].heads - 1) if headed else None
         changes += [(Spot(1, site, head, 4),), (Spot(0, site, None, "changed"),), (Spot(2, site, head),)]
+    # Before the first different token nothing changes.
+    changes.append((Spot(1, "z", None, 0),))
     return [*changes, (Spot(0, "pattern", 1, 5, 2),), (Spot(1, "pattern", None, "end", 4),)]
 
 
