@@ -93,7 +93,7 @@ def _layer_map(call: AttentionCall, gradient: Tensor, block: int) -> Tensor:
     assert found.output is not None and found.lse is not None
     maps, _ = removal_effects(
         call.q, call.k, call.v, gradient, found.output, found.lse,
-        block=block, scale=call.scale, window=call.window, softcap=call.softcap,
+        block=block, scale=call.scale, window=call.window, softcap=call.softcap, sinks=call.sinks,
     )  # fmt: skip
     return maps[0].cpu()
 
