@@ -96,13 +96,13 @@ def attention_statistics(
         RequestError: shapes, dtypes or devices that do not belong together, numbers out of range, or an
             implementation that cannot serve the request.
     """
-    check_attention(
-        q, k, v, scale=scale, softcap=softcap, sinks=sinks, key_start=key_start, key_end=key_end
-    )  # fmt: skip
-    check_given(
-        q, k, key_features=key_features, value_features=value_features, query_keys=query_keys,
-        query_weights=query_weights, lse=lse,
-    )  # fmt: skip
+    attention = {"scale": scale, "softcap": softcap, "sinks": sinks}
+    given = {
+        "key_features": key_features, "value_features": value_features, "query_keys": query_keys,
+        "query_weights": query_weights,
+    }  # fmt: skip
+    check_attention(q, k, v, **attention, key_start=key_start, key_end=key_end)
+    check_given(q, k, **given, lse=lse)
     geometry = Geometry(q.shape[0], q.shape[2], k.shape[2], causal, window, key_start, key_end)
     _check(request, causal, implementation, key_features, value_features)
     if 0 in (*q.shape[:3], geometry.keys):
@@ -110,19 +110,10 @@ def attention_statistics(
     plain = is_plain(geometry, q.dtype, q.device.type, softcap=softcap, sinks=sinks)
     faster = plain and is_faster(request, q.dtype, weighted=query_weights is not None)
     chosen = _choose(implementation, plain, faster, q, v)
-    call = (q, k, v, request, geometry)
+    attention["scale"] = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.no_grad():
-        return IMPLEMENTATIONS[chosen](
-            *call,
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
-            softcap=softcap,
-            sinks=sinks,
-            key_features=key_features,
-            value_features=value_features,
-            query_keys=query_keys,
-            query_weights=query_weights,
-            **({"lse": lse} if chosen == "triton" else {}),
-        )
+        known = {"lse": lse} if chosen == "triton" else {}
+        return IMPLEMENTATIONS[chosen](q, k, v, request, geometry, **attention, **given, **known)
 
 
 def _check(request: StatisticsRequest, causal: bool, asked: str, shared: Tensor | None, own: Tensor | None) -> None:

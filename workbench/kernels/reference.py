@@ -90,14 +90,7 @@ def reference_statistics(
     argmax = torch.where(seen & ~lse.isnan(), a.argmax(-1), -1) if request.argmax else None
     statistics |= _logits(q, k, request, visible, seen, scale, softcap) | _pooled(a, request, end)
     statistics |= _given(a, value_features, query_weights)
-    if request.sink_mass:
-        statistics["sink_mass"] = (
-            torch.where(seen, torch.exp(sinks.double()[:, None] - lse), 0.0) if sinks is not None else lse * 0.0
-        )
-    if request.spread:
-        share = a / a.sum(-1, keepdim=True).clamp(min=1e-300)
-        mean = (share * distance).sum(-1, keepdim=True)
-        statistics["spread"] = (share * (distance - mean) ** 2).sum(-1).sqrt()
+    statistics |= _beside(a, lse, distance, request, seen, sinks)
     column_above = _stack([_first_above(a, level) for level in request.column_above], dim=2)
     for name in ("max_logit", "mean_logit", "first_logit", "entropy", "above"):
         # A NaN or infinite logit leaves nothing of its row.
@@ -106,6 +99,22 @@ def reference_statistics(
             statistics[name] = value + (lse * 0.0 if value.ndim == 3 else lse[..., None] * 0.0)
     floats = {name: None if value is None else value.float() for name, value in statistics.items()}
     return AttentionStatistics(argmax=argmax, top_keys=top_keys, column_above=column_above, **floats)
+
+
+def _beside(
+    a: Tensor, lse: Tensor, distance: Tensor, request: StatisticsRequest, seen: Tensor, sinks: Tensor | None
+) -> dict[str, Tensor | None]:
+    """Mass on the learned sink, and the spread of the distance over real keys."""
+    found: dict[str, Tensor | None] = {}
+    if request.sink_mass:
+        found["sink_mass"] = lse * 0.0
+        if sinks is not None:
+            found["sink_mass"] = torch.where(seen, torch.exp(sinks.double()[:, None] - lse), 0.0)
+    if request.spread:
+        share = a / a.sum(-1, keepdim=True).clamp(min=1e-300)
+        mean = (share * distance).sum(-1, keepdim=True)
+        found["spread"] = (share * (distance - mean) ** 2).sum(-1).sqrt()
+    return found
 
 
 def _logits(

@@ -201,6 +201,21 @@ def _write_rows(LSE, REAL, ENT, CENTRE, SPREAD, MEANS, m, length, spent, centre,
 
 @triton.jit
 @no_type_check
+def _settled(length, rows, start, end, CAUSAL: tl.constexpr, SPLIT: tl.constexpr):
+    """Which rows see keys, and their sums: NaN where logits were NaN or infinite."""
+    # Rows of right padding went through unmasked tiles.
+    seen = real_rows(rows, start, end, CAUSAL)
+    if SPLIT:
+        seen = seen & (length != 0)
+    else:
+        # A row that sees keys and sums up to nothing, or to no number, has NaN or infinite logits.
+        length = tl.where((length > 0) & (length < 3.0e38), length, float("nan"))
+        length = tl.where(seen, length, 0.0)
+    return seen, length
+
+
+@triton.jit
+@no_type_check
 def row_kernel(
     Q, K, V, SINKS, START, END,
     OUT, LSE, MAX, ARG, ENT, MEANS, CENTRE, SPREAD, REAL,
@@ -262,14 +277,7 @@ def row_kernel(
         OUTPUT, ENTROPY, ARGMAX, MEAN, PLACE,
     )  # fmt: skip
     m, length, acc, spent, best, best_tile, total, centre, moment = state
-    # Rows of right padding went through unmasked tiles.
-    seen = real_rows(rows, start, end, CAUSAL)
-    if SPLIT:
-        seen = seen & (length != 0)
-    else:
-        # A row that sees keys and sums up to nothing, or to no number, has NaN or infinite logits.
-        length = tl.where((length > 0) & (length < 3.0e38), length, float("nan"))
-        length = tl.where(seen, length, 0.0)
+    seen, length = _settled(length, rows, start, end, CAUSAL, SPLIT)
     if ARGMAX:
         place = best_tile
         if not EXACT:
