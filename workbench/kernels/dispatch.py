@@ -96,7 +96,7 @@ def attention_statistics(
         RequestError: shapes, dtypes or devices that do not belong together, numbers out of range, or an
             implementation that cannot serve the request.
     """
-    attention = {"scale": scale, "softcap": softcap, "sinks": sinks}
+    attention: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks}
     given = {
         "key_features": key_features, "value_features": value_features, "query_keys": query_keys,
         "query_weights": query_weights,
