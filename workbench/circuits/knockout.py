@@ -22,6 +22,7 @@ from workbench.errors import RequestError
 from workbench.models import Head
 from workbench.tasks.pairs import PairTask
 from workbench.tracing import Model
+from workbench.tracing.sites import Site
 
 
 def attention_edges(
@@ -76,3 +77,6 @@ class _Nothing(Source):
 class _Unchanged(Values):
     def __init__(self, prompts: int) -> None:
         self.same_before: Tensor = torch.zeros(prompts, dtype=torch.long)
+
+    def at(self, change: int, site: Site, layer: int) -> Tensor:
+        raise LookupError(f"A knockout puts nothing in place of {site} of layer {layer}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -80,14 +81,14 @@ class Recorded:
         return self.sites[site, layer]
 
 
-class Values:
+class Values(ABC):
     """What changes put in place; the run that they are put into has the same tokens before `same_before`."""
 
     same_before: Int[Tensor, " prompt"]
 
+    @abstractmethod
     def at(self, change: int, site: Site, layer: int) -> Tensor:
         """The site's value `[prompt, token, ...]` for a change (its number)."""
-        raise NotImplementedError
 
     def mixed(self, spot: Spot, value: Float[Tensor, "*place dim"], current: Float[Tensor, "*place dim"]) -> Tensor:
         """What a vector site becomes, given the value and what stands there in the changed run; the value itself."""
@@ -105,7 +106,7 @@ class OfRun(Values):
         return self.run.at(site, layer)
 
 
-class Source:
+class Source(ABC):
     """Makes what changes put in place, from the receiving and the other run of a group.
 
     `sites` are what both runs must hold beside what the changes name.
@@ -113,9 +114,9 @@ class Source:
 
     sites: frozenset[tuple[Site, int]] = frozenset()
 
+    @abstractmethod
     def values(self, group: Group, blocks: Blocks, base: Recorded, other: Recorded) -> Values:
         """Values for the changes of one direction."""
-        raise NotImplementedError
 
 
 def first_difference(one: Batch, other: Batch) -> Int[Tensor, " prompt"]:
