@@ -2,6 +2,8 @@
 
 from workbench.circuits.effects import Effects as Effects
 from workbench.circuits.effects import Work as Work
+from workbench.circuits.graph import Graph as Graph
+from workbench.circuits.graph import Scores as Scores
 from workbench.circuits.knockout import attention_edges as attention_edges
 from workbench.circuits.knockout import knock_out as knock_out
 from workbench.circuits.mediation import mediation as mediation

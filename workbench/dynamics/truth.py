@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -29,6 +29,7 @@ from workbench.dynamics.toy import ToyModel
 from workbench.dynamics.wiring import attached
 from workbench.errors import RequestError
 from workbench.models import Batch
+from workbench.tasks.pairs import Edge as Edge
 from workbench.tasks.pairs import KnownCircuit, PairTask
 from workbench.tracing.model import Model
 
@@ -36,17 +37,6 @@ How = Literal["zero", "noising", "denoising"]
 Method = Literal["atp", "qk fix", "qk fix, norm frozen"]
 # Pairs of a planted circuit.
 PAIRS = 12
-
-
-class Edge(NamedTuple):
-    """What `source` writes, as read by `target` through its "q", "k" or "v", or ("") by an MLP or the logits."""
-
-    source: str
-    target: str
-    through: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.source}->{self.target}" + (f".{self.through}" if self.through else "")
 
 
 @dataclass(frozen=True, eq=False)

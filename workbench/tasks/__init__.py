@@ -29,6 +29,7 @@ from .needles import Needle as Needle
 from .pair_files import pairs_from_file as pairs_from_file
 from .pair_tasks import PAIR_TASKS as PAIR_TASKS
 from .pair_tasks import pair_task as pair_task
+from .pairs import Edge as Edge
 from .pairs import KnownCircuit as KnownCircuit
 from .pairs import PairTask as PairTask
 from .plain import one_token as one_token

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +21,17 @@ from torch import Tensor
 from workbench.errors import RequestError
 from workbench.models import Batch
 from workbench.tasks.task import NONE, Value
+
+
+class Edge(NamedTuple):
+    """What `source` writes, as read by `target` through its "q", "k" or "v", or ("") by an MLP or the logits."""
+
+    source: str
+    target: str
+    through: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.source}->{self.target}" + (f".{self.through}" if self.through else "")
 
 
 @dataclass(frozen=True)
