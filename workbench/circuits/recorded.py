@@ -62,11 +62,16 @@ class Group:
 
 def groups(task: PairTask) -> Iterator[Group]:
     """The task's prompts by their length up to what is read."""
-    starts = task.clean.starts.cpu()
-    tokens = task.position.cpu() - starts + 1
+    yield from by_length(task.clean, task.position)
+
+
+def by_length(batch: Batch, position: Int[Tensor, " prompt"]) -> Iterator[Group]:
+    """Prompts by their length up to (and with) the column `position`."""
+    starts = batch.starts.cpu()
+    tokens = position.cpu() - starts + 1
     for count in torch.unique(tokens).tolist():
         prompts = (tokens == count).nonzero().flatten()
-        yield Group(prompts, int(count), starts[prompts], task.clean.lengths.cpu()[prompts])
+        yield Group(prompts, int(count), starts[prompts], batch.lengths.cpu()[prompts])
 
 
 @dataclass(frozen=True, eq=False)

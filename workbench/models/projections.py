@@ -85,7 +85,9 @@ class EndWeights(NamedTuple):
     ignored: tuple[str, ...]
 
 
-class _Gain(NamedTuple):
+class NormGain(NamedTuple):
+    """What a norm multiplies by, entry by entry, beside the length (None for nothing), and whether it centres."""
+
     gain: Float[Tensor, " width"] | None
     centres: bool
 
@@ -126,6 +128,11 @@ def end_weights(architecture: str, hf_model: nn.Module, dtype: torch.dtype = tor
     return EndWeights(embedding, unembedding.to(embedding.device), ignored)
 
 
+def norm_gain(architecture: str, norm: nn.Module | None, dtype: torch.dtype = torch.float32) -> NormGain:
+    """A norm's gain as the model applies it (Gemma adds 1 to its weight)."""
+    return _gain(norm, _row(architecture), dtype)
+
+
 def _row(architecture: str) -> Projections:
     row = PROJECTIONS.get(architecture)
     if row is None:
@@ -153,22 +160,22 @@ def _unpacked(
     return q, k, v
 
 
-def _read_folded(weight: Float[Tensor, "head d_model width"], norm: _Gain) -> Float[Tensor, "head d_model width"]:
+def _read_folded(weight: Float[Tensor, "head d_model width"], norm: NormGain) -> Float[Tensor, "head d_model width"]:
     """A matrix that reads the residual stream, with the norm before it."""
     if norm.gain is not None:
         weight = weight * norm.gain[:, None]
     return weight - weight.mean(dim=1, keepdim=True) if norm.centres else weight
 
 
-def _gained(weight: Float[Tensor, "head d_model width"], norm: _Gain) -> Float[Tensor, "head d_model width"]:
+def _gained(weight: Float[Tensor, "head d_model width"], norm: NormGain) -> Float[Tensor, "head d_model width"]:
     """q's or k's own gain: one for all heads, or one a head (OLMo 2)."""
     return weight if norm.gain is None else weight * norm.gain.reshape(-1, 1, weight.shape[-1])
 
 
-def _gain(norm: nn.Module | None, row: Projections, dtype: torch.dtype) -> _Gain:
+def _gain(norm: nn.Module | None, row: Projections, dtype: torch.dtype) -> NormGain:
     weight = getattr(norm, "weight", None)
     gain = None if weight is None else cast(Tensor, weight).detach().to(dtype) + row.gain_offset
-    return _Gain(gain, isinstance(norm, nn.LayerNorm))
+    return NormGain(gain, isinstance(norm, nn.LayerNorm))
 
 
 def _weight(module: nn.Module, dtype: torch.dtype, transposed: bool = False) -> Float[Tensor, "out in"]:
