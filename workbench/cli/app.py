@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from workbench.cli import atlas, demo, export, heads, models, report, runs, study, trace, verify
+from workbench.cli import atlas, circuits, demo, export, heads, models, report, runs, study, trace, verify
 from workbench.cli.session import Session
 
 _ARGUMENTS = "workbench.arguments"
@@ -41,6 +41,7 @@ app = typer.Typer(
 )
 for _group in (demo, trace, heads, atlas, verify, report, export):
     _group.register(app)
+app.add_typer(circuits.app, name="circuits")
 app.add_typer(models.app, name="models")
 app.add_typer(runs.app, name="runs")
 app.add_typer(study.app, name="study")

@@ -97,7 +97,7 @@ def _show_heads(session: Session, scores: pd.DataFrame, about: pd.DataFrame) -> 
                 f"L{row['layer']}H{row['head']}",
                 estimate(row["value"], row["low"], row["high"]),
                 plain(row["null"]),
-                _probability(row["q"]),
+                probability(row["q"]),
                 _reaching(known, detector) if place == 0 else "",
                 printable(str(detector["unit"])) if place == 0 else "",
             )
@@ -142,8 +142,8 @@ def show_verification(session: Session, rows: pd.DataFrame) -> None:
             f"{plain(row['baseline'])} -> {plain(row['ablated'])}",
             estimate(row["effect"], row["low"], row["high"], sign=True),
             estimate(row["control_effect"], row["control_low"], row["control_high"], sign=True),
-            _probability(row["p"]),
-            _probability(row["q"]),
+            probability(row["p"]),
+            probability(row["q"]),
             found.label,
         )
         sentences.append(
@@ -168,7 +168,7 @@ def _show_singles(session: Session, rows: pd.DataFrame) -> None:
             str(row["metric"]).replace("_", " "),
             estimate(row["effect"], row["low"], row["high"], sign=True),
             estimate(row["control_effect"], row["control_low"], row["control_high"], sign=True),
-            _probability(row["q"]),
+            probability(row["q"]),
             verdict(row).label,
         )
     show_table(session, "Each head alone (heads that stand in for one another hide here)", made)
@@ -189,10 +189,11 @@ def estimate(value: object, low: object, high: object, *, sign: bool = False) ->
     return f"{plain(value, sign=sign)} [{bounds}]" if bounds else plain(value, sign=sign)
 
 
-def _probability(value: object) -> str:
-    from workbench.figures.text import probability
+def probability(value: object) -> str:
+    """A p or q value for people."""
+    from workbench.figures.text import probability as written
 
-    return _ascii(probability(value))
+    return _ascii(written(value))
 
 
 def _ascii(text: str) -> str:
