@@ -32,7 +32,7 @@ _COLUMNS = 4096
 
 
 class Places(NamedTuple):
-    """A layer's parts among writers (`heads`, `mlp_out`) and readers; slices of an MLP are empty where there is none."""
+    """A layer's parts among writers (`heads`, `mlp_out`) and readers; those of an MLP are empty where there is none."""
 
     heads: slice
     mlp_out: slice
@@ -88,7 +88,9 @@ class Graph:
                 readers.append((f"{at}.mlp", ""))
                 before.append(seen if spec.parallel else after)
                 writers.append(f"{at}.mlp")
-            layers.append(Places(slice(seen, after), slice(after, len(writers)), *own, slice(end, len(readers))))
+            layers.append(
+                Places(slice(seen, after), slice(after, len(writers)), own[0], own[1], own[2], slice(end, len(readers)))
+            )
         readers.append(("logits", ""))
         before.append(len(writers))
         exists = np.arange(len(writers))[:, None] < np.array(before)[None]
@@ -239,12 +241,11 @@ class Scores:
             raise RequestError(f"{self.method} scores {there}, not {kind}.")
         graph = self.graph
         if kind == "edges":
-            one, two = np.nonzero(graph.exists)
-            names = [graph.writers[place] for place in one], [graph.readers[place] for place in two]
-            frame = pd.DataFrame({"source": names[0]}).join(pd.DataFrame(names[1], columns=["target", "through"]))
+            where = np.asarray(graph.exists)
+            frame = pd.DataFrame(graph.edges, columns=["source", "target", "through"])
             frame["source_layer"] = _layers(frame.source)
             frame["target_layer"] = _layers(frame.target)
-            return scores[one, two], None if self.per_prompt is None else self.per_prompt[:, one, two], frame
+            return scores[where], None if self.per_prompt is None else self.per_prompt[:, where], frame
         there = np.flatnonzero(~np.isnan(scores))
         prompts = self.node_per_prompt if kind == "nodes" else self.input_per_prompt
         if kind == "nodes":
