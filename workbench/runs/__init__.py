@@ -1,6 +1,7 @@
 """Runs on disk: written so that a kill costs one step at most, read back with their checksums proven.
 
-A run is a folder: `manifest.json` (provenance, certificate), `tables/<name>.parquet`, `arrays/<name>.zarr`.
+A run is a folder: `manifest.json` (provenance, certificate), `tables/<name>.parquet`, `arrays/<name>.zarr`,
+`tensors/<name>.safetensors` (mapped, for what is too large to load).
 `RunWriter` makes one, `Run` reads one, `list_runs` and `compare_runs` look at several. Nothing is pickled.
 """
 
@@ -11,4 +12,5 @@ from .compare import compare_runs as compare_runs
 from .machine import environment as environment
 from .manifest import FORMAT as FORMAT
 from .run import Run as Run
+from .tensors import Tensors as Tensors
 from .writer import RunWriter as RunWriter

@@ -55,8 +55,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Make a second folder of the same files: hard links, or copies where the file system has no links."""
-    shutil.copytree(source, target, copy_function=_link)
+    """Make a second file, or folder of the same files: hard links, or copies where the file system has no links."""
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=_link)
+    else:
+        _link(str(source), str(target))
 
 
 def _link(source: str, target: str) -> str:

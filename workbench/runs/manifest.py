@@ -26,7 +26,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 
 RESERVED = (
-    *("format", "id", "kind", "title", "created", "finished", "seconds", "tables", "arrays", "sha256"),
+    *("format", "id", "kind", "title", "created", "finished", "seconds", "tables", "arrays", "tensors", "sha256"),
     *("fingerprint", "earlier_environments"),
 )
 """Keys that the writer fills in itself."""
@@ -114,8 +114,9 @@ def read_manifest(run: Path) -> dict[str, Any]:
     check_format(found, file)
     if found.get("sha256") != digest(found):
         raise RunCorrupt(f"{file} was changed after it was written: its checksum differs; make the run again")
-    for key, kind in {"id": str, "kind": str, "title": str, "tables": dict, "arrays": dict}.items():
-        if not isinstance(found.get(key), kind):
+    for key, kind in {"id": str, "kind": str, "title": str, "tables": dict, "arrays": dict, "tensors": dict}.items():
+        # Runs without tensors do not say so.
+        if not isinstance(found.get(key, {} if key == "tensors" else None), kind):
             raise RunCorrupt(f"{file} has no valid {key!r}; take the run from a copy, or make it again")
     return found
 

@@ -1,4 +1,4 @@
-"""A finished run, read-only: what its manifest says, its tables and its arrays.
+"""A finished run, read-only: what its manifest says, its tables, its arrays and its mapped tensors.
 
 Opening checks the format, the manifest's digest and that every file is there with the size it had; `verify`
 reads all of them once more and compares digests. Nothing in a run is executed or unpickled, and no path in a
@@ -20,6 +20,7 @@ from .arrays import read_array
 from .disk import sha256, size
 from .manifest import check_name, read_manifest
 from .tables import read_table
+from .tensors import Tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +85,17 @@ class Run:
             raise RequestError(self._unknown("array", name, self.arrays))
         return read_array(self.path / array_file(name))
 
+    @property
+    def tensor_files(self) -> tuple[str, ...]:
+        """Names of the files of tensors."""
+        return tuple(self.manifest.get("tensors", {}))
+
+    def tensors(self, name: str) -> Tensors:
+        """A file of tensors, mapped: only what is asked of it is read."""
+        if name not in self.tensor_files:
+            raise RequestError(self._unknown("tensors", name, self.tensor_files))
+        return Tensors(self.path / tensors_file(name))
+
     def verify(self) -> None:
         """Compare every file with its checksum; `RunCorrupt` names those that differ."""
         self._check(digests=True)
@@ -93,10 +105,11 @@ class Run:
 
     def _check(self, digests: bool) -> None:
         problems = []
-        for what, key, locate in (("tables", "file", table_file), ("arrays", "path", array_file)):
-            for name, entry in self.manifest[what].items():
+        places = (("tables", "file", table_file), ("arrays", "path", array_file), ("tensors", "path", tensors_file))
+        for what, key, locate in places:
+            for name, entry in self.manifest.get(what, {}).items():
                 try:
-                    valid = entry[key] == locate(check_name(name, what[:-1])) and isinstance(entry["sha256"], str)
+                    valid = entry[key] == locate(check_name(name, what)) and isinstance(entry["sha256"], str)
                 except (KeyError, TypeError, RequestError):
                     valid = False
                 problem = _problem(self.path / entry[key], entry, digests) if valid else "has no valid entry"
@@ -118,6 +131,11 @@ def table_file(name: str) -> str:
 def array_file(name: str) -> str:
     """Where an array lies in its run."""
     return f"arrays/{name}.zarr"
+
+
+def tensors_file(name: str) -> str:
+    """Where tensors lie in their run."""
+    return f"tensors/{name}.safetensors"
 
 
 def partial_path(path: Path) -> Path:

@@ -15,13 +15,14 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import pandas as pd
 import xarray as xr
+from numpy.typing import NDArray
 
 from workbench.errors import RequestError, RunError
 
@@ -40,9 +41,10 @@ from .manifest import (
     to_text,
     utc_now,
 )
-from .run import Run, array_file, partial_path, table_file
+from .run import Run, array_file, partial_path, table_file, tensors_file
 from .state import Part, State
 from .tables import join_parts, read_table, to_arrow, write_part
+from .tensors import write_tensors
 
 
 class RunWriter:
@@ -130,6 +132,13 @@ class RunWriter:
             write_array(dataset, file, name)
             self._end_part(part, file)
 
+    def tensors(self, name: str, tensors: Mapping[str, NDArray[Any]]) -> None:
+        """Write named tensors into one file, which readers map instead of loading."""
+        part, file = self._begin_part("tensors", check_name(name, "tensors"), "", ".safetensors")
+        with writing(self.path):
+            write_tensors(tensors, file, name)
+            self._end_part(part, file)
+
     def written(self, name: str) -> pd.DataFrame:
         """What there is of a table so far, its parts joined: written here, or before an interruption."""
         parts = [self._state.parts_folder / part.file for part in self._parts("table", check_name(name, "table"))]
@@ -161,7 +170,8 @@ class RunWriter:
         with writing(self.path):
             if final.exists():
                 shutil.rmtree(final)
-            for folder in ("tables", "arrays"):
+            folders = ("tables", "arrays", *(["tensors"] if self._parts("tensors") else []))
+            for folder in folders:
                 (final / folder).mkdir(parents=True)
             text = to_text(self._complete_manifest(final))
             (final / MANIFEST).write_text(text, encoding="utf-8")
@@ -236,15 +246,8 @@ class RunWriter:
                 "bytes": size(file),
                 "sha256": sha256(file),
             }
-        arrays: dict[str, Any] = {}
-        for part in self._parts("array"):
-            folder = final / array_file(part.name)
-            link_tree(state.parts_folder / part.file, folder)
-            arrays[part.name] = {
-                "path": array_file(part.name),
-                "bytes": size(folder),
-                "sha256": sha256(folder),
-            }
+        arrays = self._linked(final, "array", array_file)
+        tensors = self._linked(final, "tensors", tensors_file)
         return {
             "format": FORMAT,
             "id": state.id,
@@ -259,7 +262,17 @@ class RunWriter:
             "seconds": state.steps,
             "tables": tables,
             "arrays": arrays,
+            **({"tensors": tensors} if tensors else {}),
         }
+
+    def _linked(self, final: Path, kind: str, locate: Callable[[str], str]) -> dict[str, Any]:
+        """Arrays or tensors brought to their place, and their entries in the manifest."""
+        found: dict[str, Any] = {}
+        for part in self._parts(kind):
+            place = final / locate(part.name)
+            link_tree(self._state.parts_folder / part.file, place)
+            found[part.name] = {"path": locate(part.name), "bytes": size(place), "sha256": sha256(place)}
+        return found
 
 
 def _beside(path: Path, role: str) -> Path:
