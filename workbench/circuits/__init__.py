@@ -1,16 +1,24 @@
 """Circuits: what is moved between two runs of a model, and what that says about its parts."""
 
+from workbench.circuits.asked import Asked as Asked
+from workbench.circuits.asked import ask as ask
 from workbench.circuits.effects import Effects as Effects
 from workbench.circuits.effects import Work as Work
 from workbench.circuits.graph import Graph as Graph
 from workbench.circuits.graph import Scores as Scores
 from workbench.circuits.knockout import attention_edges as attention_edges
 from workbench.circuits.knockout import knock_out as knock_out
+from workbench.circuits.logit_attribution import LogitAttribution as LogitAttribution
+from workbench.circuits.logit_attribution import direct_logit_attribution as direct_logit_attribution
+from workbench.circuits.logit_lens import LogitLens as LogitLens
+from workbench.circuits.logit_lens import logit_lens as logit_lens
 from workbench.circuits.mediation import mediation as mediation
 from workbench.circuits.patching import Options as Options
 from workbench.circuits.patching import patch_activations as patch_activations
 from workbench.circuits.patching import patch_changes as patch_changes
 from workbench.circuits.paths import patch_paths as patch_paths
+from workbench.circuits.source_attribution import SourceAttribution as SourceAttribution
+from workbench.circuits.source_attribution import source_attribution as source_attribution
 from workbench.circuits.spots import PATCH_SITES as PATCH_SITES
 from workbench.circuits.spots import Change as Change
 from workbench.circuits.spots import Spot as Spot
