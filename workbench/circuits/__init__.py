@@ -2,8 +2,16 @@
 
 from workbench.circuits.asked import Asked as Asked
 from workbench.circuits.asked import ask as ask
+from workbench.circuits.circuit import Circuit as Circuit
 from workbench.circuits.effects import Effects as Effects
 from workbench.circuits.effects import Work as Work
+from workbench.circuits.exact import exact_edges as exact_edges
+from workbench.circuits.exchange import read_graphml as read_graphml
+from workbench.circuits.exchange import read_mib as read_mib
+from workbench.circuits.exchange import write_graphml as write_graphml
+from workbench.circuits.exchange import write_mib as write_mib
+from workbench.circuits.forks import Forked as Forked
+from workbench.circuits.forks import writes as writes
 from workbench.circuits.graph import Graph as Graph
 from workbench.circuits.graph import Scores as Scores
 from workbench.circuits.knockout import attention_edges as attention_edges

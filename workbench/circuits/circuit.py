@@ -61,7 +61,7 @@ class Circuit:
     @property
     def writers(self) -> Bool[np.ndarray, " writer"]:
         """Writers that something reads."""
-        found: np.ndarray[Any, np.dtype[np.bool_]] = self.kept.any(1)
+        found: np.ndarray[Any, np.dtype[np.bool_]] = np.asarray(self.kept.any(1))
         return found
 
     def pruned(self) -> Circuit:
