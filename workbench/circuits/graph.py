@@ -237,8 +237,8 @@ class Scores:
             raise RequestError(f"kind={kind!r} is no kind of scores; choose 'edges', 'nodes' or 'inputs'.")
         scores = chosen[kind]
         if scores is None:
-            there = " and ".join(name for name, value in chosen.items() if value is not None) or "nothing"
-            raise RequestError(f"{self.method} scores {there}, not {kind}.")
+            known = " and ".join(name for name, value in chosen.items() if value is not None) or "nothing"
+            raise RequestError(f"{self.method} scores {known}, not {kind}.")
         graph = self.graph
         if kind == "edges":
             where = np.asarray(graph.exists)
