@@ -1,0 +1,9 @@
+// Cells of tables: React makes text of whatever a run is called.
+var parts = (window.dashAgGridComponentFunctions = window.dashAgGridComponentFunctions || {});
+const pageOf = { pattern: "/pattern", circuits: "/circuits" };
+parts.RunLink = function (props) {
+  const to = (pageOf[props.data.kind] || "/atlas") + "?run=" + encodeURIComponent(props.value);
+  return props.data.status === "complete"
+    ? React.createElement("a", { href: to }, props.value)
+    : React.createElement("span", null, props.value);
+};

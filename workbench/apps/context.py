@@ -1,0 +1,33 @@
+"""What pages are given, and what a page is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from workbench.apps.library import RunLibrary
+from workbench.apps.settings import AppSettings
+
+
+@dataclass(frozen=True)
+class Context:
+    """Shared by all users: what is on disk, and the settings. Nothing of a user is kept here."""
+
+    settings: AppSettings
+    library: RunLibrary
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page: its address, its name, what it shows for a query, and its callbacks.
+
+    `layout` takes the query of the address (`?run=...`) and must accept any: what it cannot honour it says on the page.
+    `register` adds the callbacks, once, when the app is made.
+    """
+
+    path: str
+    name: str
+    hint: str
+    layout: Callable[[Context, Mapping[str, str]], Any]
+    register: Callable[[Any, Context], None]

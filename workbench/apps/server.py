@@ -1,0 +1,136 @@
+"""The application: one Dash app over a folder of runs, and the headers that keep pages from doing more than showing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dash import ALL, Dash, Input, Output, State, no_update
+from flask import Flask, Response
+
+from workbench.apps.address import read_query
+from workbench.apps.context import Context, Page
+from workbench.apps.library import RunLibrary
+from workbench.apps.pages import PAGES
+from workbench.apps.settings import AppSettings
+from workbench.apps.shell import colours, frame, refusal
+from workbench.apps.zoom.api import blueprint
+from workbench.errors import WorkbenchError
+
+_INDEX = """<!DOCTYPE html>
+<html lang="en">
+<head>{%metas%}<meta name="viewport" content="width=device-width, initial-scale=1"><title>{%title%}</title>
+<link rel="stylesheet" href="/theme.css">{%favicon%}{%css%}</head>
+<body>{%app_entry%}<footer>{%config%}{%scripts%}{%renderer%}</footer></body>
+</html>"""
+
+
+def create_app(settings: AppSettings, pages: Sequence[Page] = PAGES) -> Dash:
+    """The app; `app.server` is what a WSGI server takes."""
+    app = Dash(
+        __name__,
+        title="Attention Workbench",
+        update_title="",
+        serve_locally=True,
+        suppress_callback_exceptions=True,
+        index_string=_INDEX,
+        compress=False,
+        add_log_handler=False,
+    )
+    context = Context(settings, RunLibrary(settings.runs))
+    app.layout = frame(pages)
+    _route(app, context, pages)
+    _switch_scheme(app)
+    for page in pages:
+        page.register(app, context)
+    server: Flask = app.server
+    server.config["MAX_CONTENT_LENGTH"] = settings.most_body_bytes
+    server.register_blueprint(blueprint(context.library))
+    server.add_url_rule("/theme.css", "theme", lambda: Response(colours(), mimetype="text/css"))
+    _guard(app, server)
+    return app
+
+
+def _route(app: Dash, context: Context, pages: Sequence[Page]) -> None:
+    """Pages by address. A page that rewrites its own query is not built anew; going back and forth is."""
+    by_path = {page.path: page for page in pages}
+
+    @app.callback(
+        Output("page", "children"),
+        Output("shown-query", "data"),
+        Output({"nav": ALL}, "className"),
+        Input("url", "pathname"),
+        Input("url", "search"),
+        State("shown-query", "data"),
+    )
+    def show(path: str | None, search: str | None, shown: str) -> Any:
+        path = (path or "/").rstrip("/") or "/"
+        here = path + (search or "")
+        if here == shown:
+            return no_update, no_update, [no_update] * len(pages)
+        links = ["nav here" if page.path == path else "nav" for page in pages]
+        return _shown(context, by_path.get(path), path, search), here, links
+
+
+def _shown(context: Context, page: Page | None, path: str, search: str | None) -> Any:
+    if page is None:
+        return refusal(f"There is no page {path[:80]}.", "The pages are in the list on the left.")
+    try:
+        return page.layout(context, read_query(search))
+    except WorkbenchError as error:
+        return refusal(str(error))
+
+
+def _switch_scheme(app: Dash) -> None:
+    app.clientside_callback(
+        "function(clicks, now) { return clicks ? (now === 'dark' ? 'light' : 'dark') : dash_clientside.no_update; }",
+        Output("scheme", "data"),
+        Input("toggle-scheme", "n_clicks"),
+        State("scheme", "data"),
+    )
+    app.clientside_callback(
+        "function(now) { return [now || 'light', now === 'dark' ? 'Light' : 'Dark']; }",
+        Output("theme", "forceColorScheme"),
+        Output("toggle-scheme", "children"),
+        Input("scheme", "data"),
+    )
+    app.clientside_callback(
+        "function(heads) { return heads && heads.length ? heads.length + ' heads chosen' : ''; }",
+        Output("set-size", "children"),
+        Input("head-set", "data"),
+    )
+
+
+def _guard(app: Dash, server: Flask) -> None:
+    """Only scripts of ours run, nothing is loaded from elsewhere, nobody frames the page."""
+    policy: list[str] = []
+
+    @server.after_request
+    def headers(answer: Response) -> Response:
+        if not policy:
+            scripts = " ".join(app.csp_hashes())
+            policy.append(
+                f"default-src 'self'; script-src 'self' {scripts}; style-src 'self' 'unsafe-inline'; "
+                "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; object-src 'none'; "
+                "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+            )
+        answer.headers["Content-Security-Policy"] = policy[0]
+        answer.headers["X-Content-Type-Options"] = "nosniff"
+        answer.headers["X-Frame-Options"] = "DENY"
+        answer.headers["Referrer-Policy"] = "no-referrer"
+        answer.headers["Cross-Origin-Opener-Policy"] = "same-origin"
+        answer.headers["Cross-Origin-Resource-Policy"] = "same-origin"
+        return answer
+
+
+def serve(app: Dash, port: int, threads: int = 8, ready: Callable[[str], None] | None = None) -> None:
+    """Serve on this machine alone until interrupted."""
+    from waitress import create_server
+
+    server = create_server(app.server, host="127.0.0.1", port=port, threads=threads, ident=None)
+    if ready is not None:
+        ready(f"http://127.0.0.1:{server.effective_port}")  # type: ignore[union-attr]
+    try:
+        server.run()
+    finally:
+        server.close()

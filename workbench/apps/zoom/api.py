@@ -1,0 +1,151 @@
+"""What the zoomable pattern in the browser asks the server for: facts, tiles, values, strips, the next high entry."""
+
+from __future__ import annotations
+
+import numpy as np
+from flask import Blueprint, Response, jsonify, request
+from werkzeug.exceptions import HTTPException
+
+from workbench.apps.library import RunLibrary
+from workbench.apps.zoom.tiles import FLOOR, PIXELS, Look, automatic_top, levels, shown_cell, tile
+from workbench.errors import RequestError, WorkbenchError
+from workbench.runs.patterns import StoredPattern
+
+STRIPS = ("column_mean", "entropy", "sink")
+MOST_BINS = 4096
+_NEIGHBOURS = 24
+
+
+def blueprint(library: RunLibrary) -> Blueprint:
+    """Routes under `/zoom`; every number is checked, every text goes out as JSON."""
+    routes = Blueprint("zoom", __name__, url_prefix="/zoom")
+
+    @routes.errorhandler(WorkbenchError)
+    def refused(error: WorkbenchError) -> tuple[Response, int]:
+        return jsonify(error=str(error)), 404 if not isinstance(error, RequestError) else 400
+
+    @routes.errorhandler(HTTPException)
+    def failed(error: HTTPException) -> tuple[Response, int]:
+        return jsonify(error=error.description), error.code or 500
+
+    @routes.get("/<run>/<name>/about")
+    def about(run: str, name: str) -> Response:
+        pattern = library.pattern(run, name)
+        tops = {how: library.computed(run, ("top", name, how), lambda how=how: automatic_top(pattern, how))  # type: ignore[misc]
+                for how in ("mean", "max")}  # fmt: skip
+        return jsonify(
+            head=pattern.name,
+            tokens=pattern.tokens,
+            levels=levels(pattern),
+            pixels=PIXELS,
+            base=pattern.base,
+            floor=FLOOR,
+            window=pattern.masking.window,
+            tops=tops,
+            strips=[strip for strip in STRIPS if strip in pattern.tensors],
+            spans=pattern.about.get("spans", []),
+        )
+
+    @routes.get("/<run>/<name>/tile/<int:level>/<int:row>/<int:column>.png")
+    def picture(run: str, name: str, level: int, row: int, column: int) -> Response:
+        look = Look(
+            request.args.get("how", "max"),
+            request.args.get("scale", "log"),
+            _number("top", 1.0),
+            request.args.get("dark") == "1",
+        )
+        pattern = library.pattern(run, name)
+        made = tile(pattern, level, row, column, look)
+        answer = Response(made, mimetype="image/png")
+        # The address says everything about a tile of a finished run but whether the run was made anew.
+        answer.headers["Cache-Control"] = "private, max-age=300"
+        return answer
+
+    @routes.get("/<run>/<name>/value")
+    def value(run: str, name: str) -> Response:
+        pattern = library.pattern(run, name)
+        row, key = _place("row", pattern), _place("key", pattern)
+        return jsonify(_value(library, run, pattern, row, key, _whole("level", 0, levels(pattern))))
+
+    @routes.get("/<run>/<name>/strip/<strip>")
+    def marginal(run: str, name: str, strip: str) -> Response:
+        pattern = library.pattern(run, name)
+        if strip not in STRIPS or strip not in pattern.tensors:
+            raise RequestError(f"There is no strip {strip[:40]!r}; choose from {', '.join(STRIPS)}.")
+        first, last = _whole("from", 0, pattern.tokens - 1), _whole("to", 1, pattern.tokens, pattern.tokens)
+        if first >= last:
+            raise RequestError(f"from={first} to={last}: a part of the tokens is needed.")
+        values = pattern.strip(strip, _whole("bins", 1, MOST_BINS, 512), slice(first, last))
+        return jsonify(values=[float(f"{one:.6g}") for one in values])
+
+    @routes.get("/<run>/<name>/tokens")
+    def tokens(run: str, name: str) -> Response:
+        pattern = library.pattern(run, name)
+        first = _whole("from", 0, pattern.tokens - 1)
+        last = min(pattern.tokens, first + _whole("count", 1, 512, _NEIGHBOURS))
+        return jsonify(first=first, tokens=_texts(library, run, first, last))
+
+    @routes.get("/<run>/<name>/next")
+    def following(run: str, name: str) -> Response:
+        pattern = library.pattern(run, name)
+        level = _number("above", 0.1)
+        if not 1e-4 <= level <= 1:
+            raise RequestError(f"above={level}: give a probability from 0.0001 to 1.")
+        found = pattern.next_high(_place("row", pattern), _place("key", pattern), level)
+        if found is None:
+            return jsonify(found=None)
+        return jsonify(found={"row": found[0], "key": found[1], "value": found[2]})
+
+    return routes
+
+
+def _value(library: RunLibrary, run: str, pattern: StoredPattern, row: int, key: int, level: int) -> dict[str, object]:
+    """What stands under the pointer: the entry itself, exact, and the cell that is drawn there."""
+    cell = shown_cell(pattern, 1 << level)
+    start, left = row // cell * cell, key // cell * cell
+    part = slice(start, min(start + cell, pattern.tokens)), slice(left, min(left + cell, pattern.tokens))
+    return {
+        "row": row,
+        "key": key,
+        "value": float(pattern.entries(slice(row, row + 1), slice(key, key + 1))[0, 0]),
+        "cell": cell,
+        "mean": float(pattern.view(*part, cell, "mean")[0, 0]),
+        "max": float(pattern.view(*part, cell, "max")[0, 0]),
+        "row_token": _texts(library, run, row, row + 1),
+        "key_token": _texts(library, run, key, key + 1),
+        "before_row": _texts(library, run, max(0, row - 6), row),
+        "before_key": _texts(library, run, max(0, key - 6), key),
+        "entropy": float(pattern.tensors.read("entropy", slice(row, row + 1))[0]),
+    }
+
+
+def _texts(library: RunLibrary, run: str, first: int, last: int) -> list[str]:
+    """Token texts, cut to a length that a line can show; empty where the run has none."""
+    if not library.run(run).has_table("pattern_tokens"):
+        return []
+    column = library.frame(run, "pattern_tokens")["token"]
+    return [str(text)[:80] for text in column.iloc[first:last]]
+
+
+def _place(name: str, pattern: StoredPattern) -> int:
+    return _whole(name, 0, pattern.tokens - 1)
+
+
+def _whole(name: str, low: int, high: int, default: int | None = None) -> int:
+    given = request.args.get(name)
+    if given is None:
+        return low if default is None else min(default, high)
+    if not given.isascii() or not given.isdigit() or len(given) > 12 or not low <= int(given) <= high:
+        raise RequestError(f"{name}={given[:20]!r}: a whole number from {low} to {high} is needed.")
+    return int(given)
+
+
+def _number(name: str, default: float) -> float:
+    given = request.args.get(name)
+    try:
+        found = default if given is None else float(given)
+    except ValueError:
+        found = np.nan
+    if not np.isfinite(found):
+        raise RequestError(f"{name}={(given or '')[:20]!r}: a number is needed.")
+    return found
