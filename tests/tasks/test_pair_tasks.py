@@ -313,3 +313,16 @@ def test_smollm2_tells_the_indirect_object_and_the_corrupt_prompt_turns_its_answ
     # Measured over 100 pairs: 4.8 and -4.9, right on 97 %.
     assert task.score(clean).mean() > 3 and task.score(corrupt).mean() < -3
     assert right(task, clean).float().mean() > 0.8 and right(task, corrupt).float().mean() < 0.2
+
+
+def test_stated_colours_ask_for_what_was_said(either):
+    task = colored_objects(either, 12, form="stated")
+    for row, about in enumerate(task.info):
+        ids = task.clean.ids[row]
+        place = task.roles[f"C{about['asked'] + 1}"][row]
+        assert ids[place] == task.answers[row, 0]
+        assert ids[task.roles[f"O{about['asked'] + 1}"][row]] == ids[task.roles["ASKED"][row]]
+        assert ids[task.position[row] - 1] == ids[task.roles["ASKED"][row]]
+    assert bool((task.changed.sum(1) == 2).all())
+    with pytest.raises(RequestError, match="form='plain'"):
+        colored_objects(either, 2, form="plain")

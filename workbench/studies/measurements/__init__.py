@@ -5,7 +5,9 @@ from workbench.studies.measurements.base import Measurement as Measurement
 from workbench.studies.measurements.base import Parameters as Parameters
 from workbench.studies.measurements.base import Tables as Tables
 from workbench.studies.measurements.claims import CLAIMS
+from workbench.studies.measurements.pairs import BEHAVIOUR
+from workbench.studies.measurements.reuse import REUSE
 from workbench.studies.measurements.sinks import SINKS
 from workbench.studies.measurements.texts import TEXTS
 
-MEASUREMENTS: dict[str, Measurement] = {one.name: one for one in (*CLAIMS, *SINKS, *TEXTS)}
+MEASUREMENTS: dict[str, Measurement] = {one.name: one for one in (*CLAIMS, *SINKS, *TEXTS, *BEHAVIOUR, *REUSE)}

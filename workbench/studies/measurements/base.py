@@ -22,7 +22,7 @@ from workbench.heads.detector import Progress
 from workbench.models import Head
 from workbench.studies.measuring import measure
 from workbench.studies.reference import reference_ablator
-from workbench.tasks import Task
+from workbench.tasks import PairTask, Task
 from workbench.tracing import Model
 from workbench.tracing.edits import How
 
@@ -101,6 +101,13 @@ class Bench:
                 "name": task.name, "n": len(task), "tokens": int(task.batch.mask.sum()), "sha256": task.hash,
                 "caption": task.caption, "specials": task.specials,
             }  # fmt: skip
+
+    def note_pairs(self, task: PairTask) -> None:
+        """Pairs that the cell at hand reads; their tokens are those of the clean prompts."""
+        self._prompts[task.hash] = {
+            "name": task.name, "n": len(task), "tokens": int(task.clean.mask.sum()), "sha256": task.hash,
+            "caption": task.caption, "specials": task.specials,
+        }  # fmt: skip
 
     def noted(self) -> list[dict[str, Any]]:
         """The prompts noted since the last call."""
