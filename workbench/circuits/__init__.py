@@ -2,7 +2,13 @@
 
 from workbench.circuits.asked import Asked as Asked
 from workbench.circuits.asked import ask as ask
+from workbench.circuits.attribution import attribute as attribute
 from workbench.circuits.circuit import Circuit as Circuit
+from workbench.circuits.codes import AutoencoderSettings as AutoencoderSettings
+from workbench.circuits.discovery import Found as Found
+from workbench.circuits.discovery import discover as discover
+from workbench.circuits.discrete_sae import DiscreteCircuit as DiscreteCircuit
+from workbench.circuits.discrete_sae import discrete_sae as discrete_sae
 from workbench.circuits.effects import Effects as Effects
 from workbench.circuits.effects import Work as Work
 from workbench.circuits.exact import exact_edges as exact_edges

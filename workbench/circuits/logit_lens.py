@@ -19,7 +19,7 @@ from torch import Tensor
 
 from workbench.circuits.asked import Asked, Run, asked_of, token_id
 from workbench.circuits.blocks import Blocks
-from workbench.circuits.inference import mean_effect
+from workbench.circuits.inference import Interval, mean_effect
 from workbench.circuits.logit_attribution import run_name
 from workbench.circuits.recorded import Group, by_length, record
 from workbench.errors import RequestError
@@ -71,9 +71,9 @@ class LogitLens:
             for label, values in measures.items():
                 known = there & ~np.isnan(values[:, 0, place])
                 nothing = np.full(len(self.stages), np.nan)
-                found = (nothing,) * 3
+                found = Interval(nothing, nothing, nothing)
                 if known.any():
-                    found = tuple(mean_effect(values[known, :, place].T, self.seed))
+                    found = mean_effect(values[known, :, place].T, self.seed)
                 columns |= dict(zip((label, f"{label}_low", f"{label}_high"), found, strict=True))
             for stage, name in enumerate(self.stages):
                 own = {label: column[stage] for label, column in columns.items()}
