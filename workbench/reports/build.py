@@ -15,6 +15,8 @@ from workbench.reports.atlas import atlas_view
 from workbench.reports.cards import Card, cards
 from workbench.reports.catalogue import Catalogue, catalogue
 from workbench.reports.charts import charts
+from workbench.reports.circuit_summary import circuits_summary
+from workbench.reports.circuits import circuits_view
 from workbench.reports.commands import heads_command, verify_command
 from workbench.reports.examples import Pattern, patterns, reach
 from workbench.reports.facts import checks, duration, model_facts, moment, run_facts, steps
@@ -37,6 +39,11 @@ OPTIONAL = {
     "headmap": "map of heads",
     "agreement": "agreement matrix (its strongest pairs stay)",
     "ablation": "ablation chart (its table stays)",
+    "patches": "maps of patches (their table stays)",
+    "scores": "maps of scores (their table stays)",
+    "graph": "picture of the circuit (its strongest edges stay)",
+    "faithfulness": "faithfulness curve (its table stays)",
+    "roc": "recovery of the known circuit",
 }
 
 
@@ -98,7 +105,8 @@ def build(run: RunLike) -> Content:
     verification = verification_rows(run, known)
     tested = ablations(run)
     by_hand = bool(verification) and all(row["by_hand"] for row in verification)
-    asks_scores = not (known or measured or by_hand)
+    circuits = circuits_view(run)
+    asks_scores = not (known or measured or by_hand or circuits)
     certificate = run.manifest.get("certificate", {})
     scores = frame(run, "head_scores")
     if scores is None and measured is not None:
@@ -118,6 +126,7 @@ def build(run: RunLike) -> Content:
         "asks_ablation": not verification and (bool(known) or asks_scores),
         "by_hand": by_hand,
         "atlas": atlas_view(run, known),
+        "circuits": circuits,
         "columns": columns,
         "remarks": remarks(run, known),
         "summary": Markup(in_order(str(_summary(run, known, leading, measured)))),
@@ -149,6 +158,8 @@ def build(run: RunLike) -> Content:
 
 
 def _summary(run: RunLike, known: Catalogue, leading: list[Finding], measured: Statistics | None) -> Markup:
+    if run.manifest.get("circuits"):
+        return circuits_summary(run)
     if measured is not None and not known:
         return statistics_summary(run, measured)
     return summary(run, known, leading)

@@ -23,6 +23,7 @@ from workbench.figures import (
 from workbench.reports.atlas import atlas_charts
 from workbench.reports.cards import MOST_CURVES, Card
 from workbench.reports.catalogue import Catalogue
+from workbench.reports.circuits import circuit_charts
 from workbench.reports.examples import Pattern
 from workbench.reports.payload import figure_pair
 from workbench.reports.source import RunLike, ablations, frame
@@ -36,7 +37,8 @@ def charts(
 ) -> dict[str, dict[str, Pair]]:
     """`{part: {figure id: figure}}` for all that the run's tables allow."""
     parts: dict[str, dict[str, Pair]] = {}
-    for part, name, draw in [*atlas_charts(run, known), *_plans(run, known, cards, found), *_statistics(measured)]:
+    plans = [*atlas_charts(run, known), *circuit_charts(run), *_plans(run, known, cards, found), *_statistics(measured)]
+    for part, name, draw in plans:
         parts.setdefault(part, {})[name] = figure_pair(draw)
     return parts
 

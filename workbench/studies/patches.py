@@ -80,7 +80,9 @@ class PatchSettings:
 
     def stated(self, task: PairTask) -> dict[str, Any]:
         """The settings for a manifest: JSON values, and the prompts' seed."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, ())} | {
+        idle = ("sites", "by", "positions") if self.receivers else ("form", "apart")
+        told = {name: value for name, value in asdict(self).items() if value not in (None, ()) and name not in idle}
+        return told | {
             "task": task.name,
             "pairs": len(task),
         }
