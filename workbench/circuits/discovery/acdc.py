@@ -60,10 +60,10 @@ def acdc(
     task: PairTask,
     *,
     threshold: float | Sequence[float] = THRESHOLDS,
-    order: Order = "reverse",
-    loss: Literal["kl", "metric"] = "kl",
+    order: Order | str = "reverse",
+    loss: Literal["kl", "metric"] | str = "kl",
     metric: str | Metric | None = None,
-    ablation: Ablation = "patching",
+    ablation: Ablation | str = "patching",
     seed: int = 0,
     decisions: Decisions | None = None,
     progress: Progress | None = None,
@@ -112,7 +112,7 @@ def _checked(threshold: float | Sequence[float], order: str) -> tuple[float, ...
 class _Search:
     """One lane a threshold; `kept` is `[lane, writer, reader]`, `loss` what each lane's circuit costs now."""
 
-    def __init__(self, sight: Edgewise, thresholds: tuple[float, ...], order: Order, log: Decisions) -> None:
+    def __init__(self, sight: Edgewise, thresholds: tuple[float, ...], order: str, log: Decisions) -> None:
         self.sight, self.thresholds, self.order, self.log = sight, thresholds, order, log
         self.graph = sight.graph
         exists = torch.as_tensor(self.graph.exists)

@@ -27,7 +27,7 @@ class Edgewise:
         self,
         model: Model,
         task: PairTask,
-        ablation: Ablation,
+        ablation: Ablation | str,
         loss: str,
         metric: str | Metric | None,
         memory_limit: int | None,

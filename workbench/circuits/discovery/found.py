@@ -34,7 +34,7 @@ class Found(Scores):
     circuit: Circuit | None = None
     circuits: Mapping[float, Circuit] = field(default_factory=dict)
     log: pd.DataFrame = field(default_factory=pd.DataFrame)
-    tensors: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    tensors: Mapping[str, np.ndarray[Any, np.dtype[Any]]] = field(default_factory=dict)
 
 
 def course(rows: Sequence[Mapping[str, float]]) -> pd.DataFrame:

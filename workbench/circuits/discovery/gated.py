@@ -51,7 +51,7 @@ class Prepared:
         """The run that means are taken of."""
         return self.corrupt if self.reference is None else self.reference
 
-    def instead(self, ablation: Ablation, site: Site, layer: int) -> Tensor:
+    def instead(self, ablation: Ablation | str, site: Site, layer: int) -> Tensor:
         """What stands in for a site: its corrupt value, zero, or its mean over prompts of one template.
 
         Means are by position, over the references, or over the corrupt prompts of a task without any.

@@ -32,7 +32,7 @@ def hisp(
     task: PairTask,
     *,
     metric: str | Metric | None = None,
-    ablation: Ablation = "patching",
+    ablation: Ablation | str = "patching",
     normalise: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
@@ -85,9 +85,7 @@ def _size(scores: np.ndarray) -> float:
     return size if size > 0 else 1.0
 
 
-def _slopes(
-    model: Model, one: Prepared, objective: Objective, ablation: Ablation
-) -> dict[tuple[Site, int], np.ndarray]:
+def _slopes(model: Model, one: Prepared, objective: Objective, ablation: str) -> dict[tuple[Site, int], np.ndarray]:
     """|dm/dxi| `[prompt, head]` (`[prompt, 1]` of MLPs) of every site and layer."""
     masks: dict[tuple[Site, int], Tensor] = {}
 

@@ -52,7 +52,7 @@ def optimal_ablation(
     nodes: Sequence[str] | None = None,
     steps: int = 100,
     rate: float = 0.1,
-    loss: Literal["kl", "metric"] = "kl",
+    loss: Literal["kl", "metric"] | str = "kl",
     metric: str | Metric | None = None,
     seed: int = 0,
     progress: Progress | None = None,

@@ -45,9 +45,9 @@ def ugs(
     steps: int = 500,
     rate: float | None = None,
     constant_rate: float = CONSTANT_RATE,
-    loss: Literal["kl", "metric"] = "kl",
+    loss: Literal["kl", "metric"] | str = "kl",
     metric: str | Metric | None = None,
-    ablation: How = "optimal",
+    ablation: How | str = "optimal",
     seed: int = 0,
     progress: Progress | None = None,
     memory_limit: int | None = None,
@@ -85,7 +85,7 @@ def ugs(
     )  # fmt: skip
 
 
-def _rate(penalty: float, ablation: How) -> float:
+def _rate(penalty: float, ablation: str) -> float:
     found = next((rate for most, rate in RATES if penalty <= most), LAST_RATE)
     return found / 5 if ablation == "patching" else found
 
