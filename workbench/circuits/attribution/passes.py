@@ -91,16 +91,19 @@ def run(
     put: Mapping[Key, Tensor] | None = None,
     gradients: bool = True,
 ) -> Pass:
-    """A pass of prompts of one length up to the token that is read; `put` replaces `embed`, `z` or `mlp_out`."""
+    """A pass of prompts of one length up to the token that is read; `put` replaces `embed`, `z` or `mlp_out`.
+
+    Gradients pass what is put in place of z or an MLP's output, as if a constant had been added to it.
+    """
     attachment, found = model.attachment, Pass()
-    placed = {key: value.detach().requires_grad_(gradients) for key, value in (put or {}).items()}
+    placed = {key: value.detach() for key, value in (put or {}).items()}
 
     def entering(layer: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             named = "hidden_states" in kwargs
             hidden: Tensor = kwargs["hidden_states"] if named else args[0]
             if layer == 0:
-                hidden = placed.get(("embed", 0), hidden.detach().requires_grad_(gradients))
+                hidden = placed.get(("embed", 0), hidden).detach().requires_grad_(gradients)
             found.streams.append(hidden)
             return (args, kwargs | {"hidden_states": hidden}) if named else ((hidden, *args[1:]), kwargs)
 
@@ -108,7 +111,9 @@ def run(
 
     def observe(call: AttentionCall) -> Tensor:
         value = placed.get(("z", call.layer))
-        z = attend(call) if value is None else value.transpose(1, 2)
+        z = attend(call)
+        if value is not None:
+            z = z + (value.transpose(1, 2) - z.detach())
         found.calls.append(call)
         found.z.append(z)
         return z
@@ -136,9 +141,11 @@ def _note(found: Pass, layer: int, value: Tensor | None, mlp: bool) -> Any:
     """Keeps what a module adds to the stream, and lets a backward pass leave it out."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        if value is not None:
-            output = rewritten(output, value)
         tensor: Tensor = output[0] if isinstance(output, tuple) else output
+        if value is not None:
+            tensor = tensor + (value.reshape(tensor.shape) - tensor.detach())
+            output = rewritten(output, tensor)
+            tensor = output[0] if isinstance(output, tuple) else output
         if tensor.requires_grad:
             tensor.register_hook(lambda back: torch.zeros_like(back) if found.dropped == layer else back)  # type: ignore[no-untyped-call]
         if mlp:
