@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import random
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +26,30 @@ if not torch.cuda.is_available():
 def pytest_report_header() -> str:
     packages = ("torch", "transformers", "numpy", "pandas", "plotly")
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+
+
+def chromium() -> str | None:
+    """The system's Chromium, or the one that WORKBENCH_CHROMIUM names; never one that a tool downloads."""
+    named = os.environ.get("WORKBENCH_CHROMIUM")
+    known = (named, "/usr/bin/chromium", shutil.which("chromium"), shutil.which("google-chrome"))
+    return next((path for path in known if path and Path(path).exists()), None)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless browser. Without Chromium (Debian: `apt-get install chromium`) tests that ask for it are skipped,
+    except where CI is set."""
+    if os.environ.get("CI"):
+        sync_api = importlib.import_module("playwright.sync_api")
+    else:
+        sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+        if chromium() is None:
+            pytest.skip("no Chromium found; install it (apt-get install chromium) or name it in WORKBENCH_CHROMIUM")
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=arguments)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(autouse=True)

@@ -1,13 +1,7 @@
-"""The report in a real browser: deep links, sorting, filters, theme, token view, print.
-
-Needs Chromium (Debian: `apt-get install chromium`); without it the tests are skipped, except where CI is set.
-"""
+"""The report in a real browser: deep links, sorting, filters, theme, token view, print."""
 
 from __future__ import annotations
 
-import importlib
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,32 +13,7 @@ import pytest
 
 from workbench.reports import write_report
 
-if os.environ.get("CI"):
-    sync_api = importlib.import_module("playwright.sync_api")
-else:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 NASTY = "</script><img src=x onerror=window.hurt=1>"
-
-
-def chromium() -> str | None:
-    named = os.environ.get("WORKBENCH_CHROMIUM")
-    known = (named, "/usr/bin/chromium", shutil.which("chromium"), shutil.which("google-chrome"))
-    return next((path for path in known if path and Path(path).exists()), None)
-
-
-pytestmark = pytest.mark.skipif(
-    chromium() is None and not os.environ.get("CI"),
-    reason="no Chromium found; install it (apt-get install chromium) or name it in WORKBENCH_CHROMIUM",
-)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from workbench.runs.patterns import (
     stored_patterns,
     visible,
     write_pattern,
-    write_tokens,
 )
 
 TOKENS = 2300
@@ -53,8 +52,7 @@ def stored(request, tmp_path_factory):
     k[123], q[2000] = 4.0, 4.0
     path = tmp_path_factory.mktemp("patterns") / "run"
     with RunWriter.open(path, kind="pattern", title="T", fingerprint={}) as writer:
-        write_pattern(writer, "l1h2", (1, 2), pattern_tensors(q, k, request.param), request.param, model="toy")
-        write_tokens(writer, [f"t{i}" for i in range(TOKENS)])
+        write_pattern(writer, (1, 2), pattern_tensors(q, k, request.param), request.param, model="toy")
         run = writer.finish()
     return open_pattern(run, "l1h2"), *full_matrix(q, k, request.param), run
 

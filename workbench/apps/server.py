@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from dash import ALL, Dash, Input, Output, State, no_update
-from flask import Flask, Response
+from flask import Flask, Response, request
 
 from workbench.apps.address import read_query
 from workbench.apps.context import Context, Page
@@ -47,7 +48,7 @@ def create_app(settings: AppSettings, pages: Sequence[Page] = PAGES) -> Dash:
     server.config["MAX_CONTENT_LENGTH"] = settings.most_body_bytes
     server.register_blueprint(blueprint(context.library))
     server.add_url_rule("/theme.css", "theme", lambda: Response(colours(), mimetype="text/css"))
-    _guard(app, server)
+    _guard(app, server, settings.hosts)
     return app
 
 
@@ -63,7 +64,7 @@ def _route(app: Dash, context: Context, pages: Sequence[Page]) -> None:
         Input("url", "search"),
         State("shown-query", "data"),
     )
-    def show(path: str | None, search: str | None, shown: str) -> Any:
+    def show(path: str | None, search: str | None, shown: str | None) -> Any:
         path = (path or "/").rstrip("/") or "/"
         here = path + (search or "")
         if here == shown:
@@ -101,9 +102,18 @@ def _switch_scheme(app: Dash) -> None:
     )
 
 
-def _guard(app: Dash, server: Flask) -> None:
-    """Only scripts of ours run, nothing is loaded from elsewhere, nobody frames the page."""
+def _guard(app: Dash, server: Flask, hosts: Sequence[str]) -> None:
+    """Only scripts of ours run, nothing is loaded from elsewhere, nobody frames the page, no other site calls it."""
     policy: list[str] = []
+
+    @server.before_request
+    def known() -> Response | None:
+        # A site whose name was made to point at this machine would otherwise read everything.
+        host = request.host.rsplit(":", 1)[0]
+        origin = urlsplit(request.headers.get("Origin", "")).netloc
+        if host not in hosts or (origin and origin != request.host):
+            return Response("This address is not served here.", 403)
+        return None
 
     @server.after_request
     def headers(answer: Response) -> Response:
@@ -123,14 +133,8 @@ def _guard(app: Dash, server: Flask) -> None:
         return answer
 
 
-def serve(app: Dash, port: int, threads: int = 8, ready: Callable[[str], None] | None = None) -> None:
-    """Serve on this machine alone until interrupted."""
-    from waitress import create_server
+def open_port(app: Dash, port: int, threads: int = 8) -> Any:
+    """A server on this machine alone; `run()` serves until it is interrupted."""
+    from waitress.server import create_server
 
-    server = create_server(app.server, host="127.0.0.1", port=port, threads=threads, ident=None)
-    if ready is not None:
-        ready(f"http://127.0.0.1:{server.effective_port}")  # type: ignore[union-attr]
-    try:
-        server.run()
-    finally:
-        server.close()
+    return create_server(app.server, host="127.0.0.1", port=port, threads=threads, ident=None)

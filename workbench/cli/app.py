@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from workbench.cli import atlas, circuits, demo, export, heads, models, report, runs, study, trace, verify
+from workbench.cli import atlas, circuits, demo, export, heads, models, report, runs, serve, study, trace, verify
 from workbench.cli.session import Session
 
 _ARGUMENTS = "workbench.arguments"
@@ -39,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _group in (demo, trace, heads, atlas, verify, report, export):
+for _group in (demo, trace, heads, atlas, verify, report, export, serve):
     _group.register(app)
 app.add_typer(circuits.app, name="circuits")
 app.add_typer(models.app, name="models")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +25,8 @@ from workbench.errors import RequestError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from workbench.models import Batch
-    from workbench.runs import Run
+    from workbench.models import Batch, Head
+    from workbench.runs import Run, RunWriter
     from workbench.tracing import Model, Statistic, Trace
 
 PLAIN_STATISTICS = (
@@ -60,6 +61,12 @@ def trace(
             "top_k_N, diagonal_last_N, block_sum_N, block_max_N, above_P, column_above_P.",
         ),
     ] = DEFAULT_STATISTICS,
+    patterns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="L18H6,L3H0", help="Heads whose whole pattern is stored for the dashboard's zoomable map."
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(metavar="N", min=0, help="How many heads to name.")] = 5,
     by: Annotated[
         str | None, typer.Option(metavar="NAME", help="The statistic that ranks them. [default: the first]")
@@ -73,20 +80,26 @@ def trace(
     session = current_session()
     options.one_of("--prompt 'some text'", prompt, "--file notes.txt", file, "what to read")
     text = _text(prompt, file)
-    path = out or default_run("trace", model, text, statistics, dtype, device)
+    stored = options.names("--patterns", patterns, "L18H6,L3H0") or ()
+    path = out or default_run("trace", model, text, statistics, dtype, device, *stored)
     session.writes(path, overwrite=overwrite)
     with session.err.status("importing"):
+        from workbench.models import Head
+
         wanted = parse_statistics(statistics)
     ranked = ranking(wanted, by)
     with attached(session, model, dtype, device) as loaded:
+        heads = [loaded.spec.check(Head.parse(name)) for name in stored]
         batch = loaded.batch(text)
         _tell_prediction(session, loaded, batch, wanted)
-        run = _trace(session, loaded, batch, wanted, path, overwrite)
+        run = _trace(session, loaded, batch, wanted, heads, path, overwrite)
     means = run.table("statistic_means")
     if ranked is not None:
         _show_layers(session, means)
         _show_top(session, means, ranked, top)
     tell_run(session, path)
+    if heads:
+        session.say(f"To zoom into the stored patterns: {shlex.join(['workbench', 'serve', str(path.parent)])}")
 
 
 def parse_statistics(text: str) -> list[Statistic]:
@@ -172,12 +185,22 @@ def _tell_prediction(session: Session, model: Model, batch: Batch, wanted: list[
     session.say(f"Memory: {model.predict_memory(batch, statistics=wanted)}")
 
 
-def _trace(session: Session, model: Model, batch: Batch, wanted: list[Statistic], path: Path, overwrite: bool) -> Run:
+def _trace(
+    session: Session,
+    model: Model,
+    batch: Batch,
+    wanted: list[Statistic],
+    heads: Sequence[Head],
+    path: Path,
+    overwrite: bool,
+) -> Run:
     from workbench.runs import RunWriter, environment
     from workbench.studies.survey import model_facts
 
     known = model_facts(model)
-    settings = {"statistics": [statistic.name for statistic in wanted]}
+    settings: dict[str, Any] = {"statistics": [statistic.name for statistic in wanted]}
+    if heads:
+        settings["patterns"] = [str(head) for head in heads]
     policy = "tokenizer default"
     prompt = {
         "name": "text", "n": len(batch), "tokens": int(batch.mask.sum()), "sha256": batch.hash, "specials": policy,
@@ -198,15 +221,17 @@ def _trace(session: Session, model: Model, batch: Batch, wanted: list[Statistic]
             "settings": settings,
             "prompts": [prompt],
         }
-        began = time.monotonic()
-        with display(session.err) as shown:
-            shown.step("trace", f"{len(wanted)} statistics of {len(model.spec.heads())} heads", kept=False)
-            with _by_layer(model, shown.advance):
-                found = model.trace(batch, statistics=wanted)
-        writer.array("statistics", found.dataset())
-        writer.table("tokens", _tokens(model, batch))
-        writer.table("statistic_means", _means(found))
-        writer.done("trace", seconds=time.monotonic() - began)
+        if not writer.has("trace"):
+            began = time.monotonic()
+            with display(session.err) as shown:
+                shown.step("trace", f"{len(wanted)} statistics of {len(model.spec.heads())} heads", kept=False)
+                with _by_layer(model, shown.advance):
+                    found = model.trace(batch, statistics=wanted)
+            writer.array("statistics", found.dataset())
+            writer.table("tokens", _tokens(model, batch))
+            writer.table("statistic_means", _means(found))
+            writer.done("trace", seconds=time.monotonic() - began)
+        _store_patterns(session, writer, model, batch, heads)
         return writer.finish()
 
 
@@ -225,6 +250,24 @@ def _by_layer(model: Model, advance: Callable[[int, int], None]) -> Iterator[Non
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _store_patterns(session: Session, writer: RunWriter, model: Model, batch: Batch, heads: Sequence[Head]) -> None:
+    """The patterns of some heads, each a step of its own."""
+    from workbench.runs.patterns import pattern_name, pattern_sources, pattern_tensors, write_pattern
+
+    missing = [head for head in heads if not writer.has(pattern_name(head))]
+    if not missing:
+        return
+    with display(session.err) as shown:
+        shown.step("patterns", "q, k and their log-sum-exp", kept=False)
+        with _by_layer(model, shown.advance):
+            sources = pattern_sources(model, batch, missing)
+        for head, source in zip(missing, sources, strict=True):
+            shown.step(f"pattern of {head}", "pooled blocks", kept=False)
+            tensors = pattern_tensors(*source, progress=shown.advance)
+            write_pattern(writer, head, tensors, source.masking, model=model.source.name)
+            writer.done(pattern_name(head))
 
 
 def _tokens(model: Model, batch: Batch) -> pd.DataFrame:

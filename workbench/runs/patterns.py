@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
@@ -22,6 +21,8 @@ from torch import Tensor
 
 from workbench.errors import RequestError, RunCorrupt
 from workbench.kernels import StatisticsRequest, attention_statistics, pooled
+from workbench.models import Batch, Head
+from workbench.tracing import Model, statistics
 
 from .run import Run
 from .tensors import Tensors
@@ -56,8 +57,8 @@ def pattern_tensors(
     q: Float[Tensor, "token dim"],
     k: Float[Tensor, "token dim"],
     masking: Masking,
-    *,
     rows: Mapping[str, Float[Tensor, " token"]] | None = None,
+    *,
     progress: Progress | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Everything that is stored of one head, from its q and k after rotation.
@@ -289,23 +290,49 @@ class StoredPattern:
         return best
 
 
+class Source(NamedTuple):
+    """What a head's pattern is stored from: q and k after rotation, the mask, and statistics of rows and columns."""
+
+    q: Float[Tensor, "token dim"]
+    k: Float[Tensor, "token dim"]
+    masking: Masking
+    rows: Mapping[str, Float[Tensor, " token"]]
+
+
+def pattern_sources(model: Model, batch: Batch, heads: Sequence[Head]) -> list[Source]:
+    """What is stored of some heads on one prompt, from one forward pass. The log-sum-exp is that of the model's own
+    attention, learned sinks included."""
+    if len(batch) != 1:
+        raise RequestError(f"A pattern is stored of one prompt, and {len(batch)} were given; choose one.")
+    rotated = "rot_" if model.spec.rotary else ""
+    layers = sorted({head.layer for head in heads})
+    names = [f"blocks.{layer}.attn.hook_{rotated}{site}" for layer in layers for site in ("q", "k")]
+    wanted = [statistics.lse(), statistics.entropy(), statistics.first(1), statistics.column_mean()]
+    trace = model.trace(batch, statistics=wanted, sites=names)
+    real = slice(int(batch.starts[0]), int(batch.starts[0] + batch.lengths[0]))
+    found = []
+    for head in heads:
+        shape = model.spec.layers[head.layer]
+        q = trace.site("q", head.layer)[0, real, head.head]
+        k = trace.site("k", head.layer)[0, real, model.spec.kv_head(head)]
+        named = {"lse": "lse", "entropy": "entropy", "sink": "first_1", "column_mean": "column_mean"}
+        rows = {key: trace.values[name][0, head.layer, head.head, real] for key, name in named.items()}
+        found.append(Source(q, k, Masking(shape.scale, shape.window, shape.softcap), rows))
+    return found
+
+
+def pattern_name(head: tuple[int, int]) -> str:
+    """What a head's pattern is stored under: `l18h6`."""
+    return f"l{head[0]}h{head[1]}"
+
+
 def write_pattern(
-    writer: RunWriter,
-    name: str,
-    head: tuple[int, int],
-    tensors: Mapping[str, NDArray[Any]],
-    masking: Masking,
-    **about: Any,
+    writer: RunWriter, head: tuple[int, int], tensors: Mapping[str, NDArray[Any]], masking: Masking, **about: Any
 ) -> None:
-    """Store one head's pattern in a run under `name`; more about it (a model, a prompt) goes into the manifest."""
-    writer.tensors(name, tensors)
+    """Store one head's pattern in a run; more about it (its model, labelled spans) goes into the manifest."""
+    writer.tensors(pattern_name(head), tensors)
     entry = {"layer": head[0], "head": head[1], **masking.options, **about}
-    writer.manifest["patterns"] = {**writer.manifest.get("patterns", {}), name: entry}
-
-
-def write_tokens(writer: RunWriter, texts: Sequence[str]) -> None:
-    """The tokens that rows and columns stand for, as text."""
-    writer.table("pattern_tokens", pd.DataFrame({"position": np.arange(len(texts)), "token": list(texts)}))
+    writer.manifest["patterns"] = {**writer.manifest.get("patterns", {}), pattern_name(head): entry}
 
 
 def stored_patterns(run: Run) -> dict[str, dict[str, Any]]:
@@ -321,6 +348,6 @@ def open_pattern(run: Run, name: str) -> StoredPattern:
         have = ", ".join(known) or "none"
         raise RequestError(
             f"the run {run.path} stores no pattern {name!r}; it has: {have}. "
-            "`workbench pattern MODEL --heads L18H6 --file TEXT` stores one"
+            "`workbench trace MODEL --file TEXT --patterns L18H6` stores some"
         )
     return StoredPattern(run.tensors(name), known[name])

@@ -29,7 +29,7 @@ def _layout(context: Context, query: Mapping[str, str]) -> Any:
     known = stored_patterns(run)
     if not known:
         return refusal(
-            f"The run {name} stores no pattern.", "workbench pattern MODEL --heads L18H6 --file TEXT  # stores some"
+            f"The run {name} stores no pattern.", "workbench trace MODEL --file TEXT --patterns L18H6  # stores one"
         )
     pattern = query.get("pattern", next(iter(known)))
     # Refuses names that the run does not have.
@@ -74,7 +74,7 @@ def _choose(context: Context, names: list[str]) -> Any:
             text = f"L{about['layer']}H{about['head']} in {name}"
             found.append(html.Li(dcc.Link(text, href=link("/pattern", run=name, pattern=key))))
     if not found:
-        return refusal("No run here stores a pattern.", "workbench pattern MODEL --heads L18H6 --file TEXT")
+        return refusal("No run here stores a pattern.", "workbench trace MODEL --file TEXT --patterns L18H6")
     return html.Div([dmc.Title("Patterns", order=2), html.Ul(found)])
 
 

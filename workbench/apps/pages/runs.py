@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import dash_mantine_components as dmc
-from dash import Dash, Input, Output, State, dcc, html, no_update
+from dash import Dash, Input, Output, State, ctx, dcc, html, no_update
 
 from workbench.apps.address import link, read_query, to_query
 from workbench.apps.context import Context, Page
@@ -158,8 +158,6 @@ def _register(app: Dash, context: Context) -> None:
         prevent_initial_call=True,
     )
     def ask(wanted: int | None, kept: int | None, rows: list[dict[str, Any]] | None) -> Any:
-        from dash import ctx
-
         if ctx.triggered_id == "runs-delete-open" and wanted and rows:
             return True, str(rows[0]["name"])
         return False, ""
@@ -170,7 +168,7 @@ def _register(app: Dash, context: Context) -> None:
         State("runs-delete-name", "children"),
         prevent_initial_call=True,
     )
-    def delete(wanted: int | None, name: str) -> Any:
+    def delete(wanted: int | None, name: str | None) -> Any:
         if not wanted or not name:
             return no_update
         try:

@@ -121,9 +121,9 @@ def _value(library: RunLibrary, run: str, pattern: StoredPattern, row: int, key:
 
 def _texts(library: RunLibrary, run: str, first: int, last: int) -> list[str]:
     """Token texts, cut to a length that a line can show; empty where the run has none."""
-    if not library.run(run).has_table("pattern_tokens"):
+    if not library.run(run).has_table("tokens"):
         return []
-    column = library.frame(run, "pattern_tokens")["token"]
+    column = library.frame(run, "tokens")["text"]
     return [str(text)[:80] for text in column.iloc[first:last]]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,14 +43,15 @@ class Look:
         if not FLOOR < self.top <= 1.0:
             raise RequestError(f"top={self.top}: the scale ends at a probability above {FLOOR} and up to 1.")
 
-    def shades(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def shades(self, values: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
         """The palette entry of each value."""
         if self.scale == "log":
             floor = np.log10(FLOOR)
             shares = (np.log10(np.maximum(values, FLOOR)) - floor) / (np.log10(self.top) - floor)
         else:
             shares = values / self.top
-        return np.clip(shares * (_SHADES - 1), 0, _SHADES - 1).astype(np.uint8)
+        found: NDArray[np.uint8] = np.clip(shares * (_SHADES - 1), 0, _SHADES - 1).astype(np.uint8)
+        return found
 
 
 def levels(pattern: StoredPattern) -> int:

@@ -1,0 +1,84 @@
+"""The zoomable pattern in a browser: drawn, moved by mouse and keyboard, restored by its address."""
+
+from __future__ import annotations
+
+from urllib.parse import parse_qs, urlparse
+
+READY = "document.querySelector('.zoom-stage')?.dataset.ready === 'yes'"
+
+
+def query(page):
+    page.wait_for_timeout(400)
+    return {key: value[0] for key, value in parse_qs(urlparse(page.url).query).items()}
+
+
+def test_the_map_is_drawn_moved_and_restored(visit):
+    page = visit("/pattern?run=needle")
+    page.until(READY)
+    whole = query(page)
+    assert whole["row"] == whole["key"] == "0.00"
+    page.fill(".zoom-above", "0.9")
+    page.fill(".zoom-row", "2499")
+    page.fill(".zoom-key", "100")
+    page.click(".zoom-go")
+    page.until("document.querySelector('.zoom-told').textContent.startsWith('row 2499')")
+    page.click(".zoom-next")
+    page.until("document.querySelector('.zoom-told').textContent.startsWith('row 2500')")
+    told = page.text_content(".zoom-told")
+    # The token is one of tags and quotes; it is shown as text.
+    assert "key 1234" in told and "<img src=x" in told and float(page.get_attribute(".zoom-told", "data-value")) > 0.9
+    page.until(READY)
+    near = query(page)
+    assert float(near["span"]) < 300 and float(near["row"]) < 2500 < float(near["row"]) + float(near["span"])
+
+    again = visit(f"/pattern?{urlparse(page.url).query}")
+    again.until(READY)
+    assert query(again) == near
+
+
+def test_the_keyboard_moves_and_zooms(visit):
+    page = visit("/pattern?run=needle&span=400&row=2000&key=1000")
+    page.until(READY)
+    page.focus(".zoom-stage")
+    before = query(page)
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowRight")
+    moved = query(page)
+    assert float(moved["row"]) > float(before["row"]) and float(moved["key"]) > float(before["key"])
+    page.keyboard.press("+")
+    assert float(query(page)["span"]) * 2 == float(moved["span"])
+    page.keyboard.press("Home")
+    page.until("location.search.includes('row=0.00')")
+
+
+def test_the_pointer_tells_the_exact_entry_and_both_tokens(visit):
+    page = visit("/pattern?run=needle&span=40&row=2495&key=1230")
+    page.until(READY)
+    box = page.locator(".zoom-stage canvas").bounding_box()
+    size = 40 / (box["width"] - 128)
+    page.mouse.move(box["x"] + 128 + 4.5 / size, box["y"] + 74 + 5.5 / size)
+    page.until("document.querySelector('.zoom-told').textContent.startsWith('row 2500')")
+    assert '" t2500"' in page.text_content(".zoom-told")
+
+
+def test_dark_and_linear_are_kept(visit):
+    page = visit("/pattern?run=needle&scale=linear&how=mean")
+    page.until(READY)
+    assert page.input_value(".zoom-scale") == "linear" and page.input_value(".zoom-how") == "mean"
+    assert float(page.text_content(".zoom-top")) < 0.1
+    page.click("#toggle-scheme")
+    page.wait_for_selector("[data-mantine-color-scheme=dark]", state="attached")
+    page.until(READY)
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert ground == "rgb(18, 22, 27)"
+    page.reload()
+    page.wait_for_selector("[data-mantine-color-scheme=dark]", state="attached")
+
+
+def test_runs_without_patterns_and_unknown_ones_say_what_to_do(visit):
+    page = visit("/pattern?run=no-such-run")
+    assert "no run 'no-such-run'" in page.text_content("main")
+    page = visit("/pattern")
+    assert page.locator("main li").count() == 2
+    page = visit("/nowhere")
+    assert "no page /nowhere" in page.text_content("main")

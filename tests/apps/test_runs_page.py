@@ -1,0 +1,58 @@
+"""The page of runs in a browser: search, provenance, deletion with confirmation."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+
+@pytest.fixture
+def spare(runs_folder: Path):
+    """A run that a test may delete."""
+    shutil.copytree(runs_folder / "needle", runs_folder / "spare")
+    yield "spare"
+    shutil.rmtree(runs_folder / "spare", ignore_errors=True)
+
+
+def test_runs_are_listed_searched_and_explained(visit):
+    page = visit("/")
+    page.wait_for_selector(".ag-row")
+    names = page.locator(".ag-row [col-id=name]").all_text_contents()
+    assert set(names) == {"needle", "nasty <b>&'"}
+    page.fill("#runs-search", "needle")
+    page.until("document.querySelectorAll('.ag-center-cols-container .ag-row').length === 1")
+    page.click(".ag-center-cols-container .ag-row [col-id=title]")
+    page.wait_for_selector("#runs-chosen dl")
+    page.until("location.search.includes('run=needle')")
+    assert "search=needle" in page.url
+    again = visit("/" + page.url.split("/", 3)[3])
+    again.wait_for_selector("#runs-chosen dl")
+    assert again.input_value("#runs-search") == "needle" and "L4H2" not in again.title()
+
+
+def test_hostile_names_are_text(visit):
+    page = visit("/?run=" + quote("nasty <b>&'"))
+    page.wait_for_selector("#runs-chosen dl")
+    assert "onerror=window.hurt=1" in page.text_content("#runs-chosen")
+    assert page.locator("main img").count() == 0
+    page.click(".ag-row [col-id=name] a:has-text('nasty')")
+    page.wait_for_selector("main")
+
+
+def test_a_run_is_deleted_only_after_a_question(visit, spare, runs_folder):
+    page = visit("/")
+    page.wait_for_selector(".ag-row")
+    page.click(".ag-center-cols-container .ag-row:has(a:text-is('spare')) [col-id=title]")
+    page.click("#runs-delete-open")
+    page.wait_for_selector("#runs-delete-yes")
+    assert page.text_content("#runs-delete-name") == spare
+    page.click("#runs-delete-no")
+    page.wait_for_selector("#runs-delete-yes", state="hidden")
+    assert (runs_folder / spare).is_dir()
+    page.click("#runs-delete-open")
+    page.click("#runs-delete-yes")
+    page.until("!document.querySelector('.ag-center-cols-container').textContent.includes('spare')")
+    assert not (runs_folder / spare).exists()
