@@ -5,12 +5,16 @@ from workbench.circuits.asked import ask as ask
 from workbench.circuits.attribution import attribute as attribute
 from workbench.circuits.circuit import Circuit as Circuit
 from workbench.circuits.codes import AutoencoderSettings as AutoencoderSettings
+from workbench.circuits.completeness import completeness as completeness
+from workbench.circuits.completeness import minimality as minimality
 from workbench.circuits.discovery import Found as Found
 from workbench.circuits.discovery import discover as discover
 from workbench.circuits.discrete_sae import DiscreteCircuit as DiscreteCircuit
 from workbench.circuits.discrete_sae import discrete_sae as discrete_sae
 from workbench.circuits.effects import Effects as Effects
 from workbench.circuits.effects import Work as Work
+from workbench.circuits.evaluation import Evaluation as Evaluation
+from workbench.circuits.evaluation import evaluate as evaluate
 from workbench.circuits.exact import exact_edges as exact_edges
 from workbench.circuits.exchange import read_graphml as read_graphml
 from workbench.circuits.exchange import read_mib as read_mib
@@ -20,6 +24,8 @@ from workbench.circuits.forks import Forked as Forked
 from workbench.circuits.forks import writes as writes
 from workbench.circuits.graph import Graph as Graph
 from workbench.circuits.graph import Scores as Scores
+from workbench.circuits.hypotheses import hypothesis_tests as hypothesis_tests
+from workbench.circuits.hypotheses import minimal_edges as minimal_edges
 from workbench.circuits.knockout import attention_edges as attention_edges
 from workbench.circuits.knockout import knock_out as knock_out
 from workbench.circuits.logit_attribution import LogitAttribution as LogitAttribution
@@ -27,10 +33,15 @@ from workbench.circuits.logit_attribution import direct_logit_attribution as dir
 from workbench.circuits.logit_lens import LogitLens as LogitLens
 from workbench.circuits.logit_lens import logit_lens as logit_lens
 from workbench.circuits.mediation import mediation as mediation
+from workbench.circuits.overlap import agreement as agreement
+from workbench.circuits.overlap import cross_tasks as cross_tasks
+from workbench.circuits.overlap import overlap as overlap
+from workbench.circuits.overlap import stability as stability
 from workbench.circuits.patching import Options as Options
 from workbench.circuits.patching import patch_activations as patch_activations
 from workbench.circuits.patching import patch_changes as patch_changes
 from workbench.circuits.paths import patch_paths as patch_paths
+from workbench.circuits.roc import roc as roc
 from workbench.circuits.source_attribution import SourceAttribution as SourceAttribution
 from workbench.circuits.source_attribution import source_attribution as source_attribution
 from workbench.circuits.spots import PATCH_SITES as PATCH_SITES
@@ -43,3 +54,4 @@ from workbench.circuits.subspaces import orthonormal as orthonormal
 from workbench.circuits.subspaces import patch_subspaces as patch_subspaces
 from workbench.circuits.subspaces import principal_subspace as principal_subspace
 from workbench.circuits.subspaces import written_subspace as written_subspace
+from workbench.circuits.trials import Trials as Trials
