@@ -310,6 +310,10 @@ def test_broken_graphml_is_refused(llama, tmp_path) -> None:
 def test_memory_is_asked_for_first(llama, task) -> None:
     with pytest.raises(MemoryRefused, match="Take fewer prompts"):
         Trials(llama, task, memory_limit=1000)
+    # Little room means fewer runs at once, and the same values.
+    masks = np.random.default_rng(0).random((9, *Graph.of(llama).exists.shape)) < 0.5
+    tight, wide = Trials(llama, task, memory_limit=1 << 20), Trials(llama, task)
+    np.testing.assert_allclose(tight.values(masks), wide.values(masks), atol=1e-4)
 
 
 @pytest.mark.parametrize("ablation", ["mean", "zero"])

@@ -396,6 +396,9 @@ def test_a_planted_circuit_passes_and_a_random_one_does_not(haystack) -> None:
     # The two edges along which something differs matter; the others read the same in both runs.
     assert edges.p["embed", "L2KV2", "v"] == edges.p["L2H5", "logits", ""] == 1 / 40
     assert edges.p["embed", "L2H5", "q"] == edges.p["embed", "L2KV2", "k"] == 1.0
+    some = minimal_edges(trials, own, edges=2, paths=3)
+    assert len(some) == 2
+    assert set(zip(some.source, some.target, some.through, strict=True)) <= set(edges.index)
     with pytest.raises(RequestError, match="has no edges"):
         minimal_edges(trials, replace(own, kept=np.zeros_like(own.kept)))
     with pytest.raises(RequestError, match="all paths"):

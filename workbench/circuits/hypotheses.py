@@ -129,16 +129,21 @@ def hypothesis_tests(
     return frame.assign(circuit=circuit.name, edges=circuit.size, n=len(model), random=random, metric=trials.metric)
 
 
-def minimal_edges(trials: Trials, circuit: Circuit, *, paths: int = 50, seed: int = 0) -> pd.DataFrame:
+def minimal_edges(
+    trials: Trials, circuit: Circuit, *, edges: int | None = None, paths: int = 50, seed: int = 0
+) -> pd.DataFrame:
     """One row an edge of the circuit: what cutting it changes, beside cutting edges of random paths added to it.
 
-    `q` is Benjamini-Hochberg over the edges; `null` the median of the random ones.
+    `edges` of them are drawn at random (all by default; each is a run of every prompt). `q` is Benjamini-Hochberg over
+    the edges; `null` the median of the random ones.
     """
     if not circuit.size:
         raise RequestError(f"{circuit.name} has no edges.")
-    places = np.argwhere(circuit.kept)
-    masks = [circuit.kept, *(_cut(circuit.kept, one, two) for one, two in places.tolist())]
     rng = np.random.default_rng(seed)
+    places = np.argwhere(circuit.kept)
+    if edges is not None and edges < len(places):
+        places = places[np.sort(rng.choice(len(places), edges, replace=False))]
+    masks = [circuit.kept, *(_cut(circuit.kept, one, two) for one, two in places.tolist())]
     for _ in range(paths):
         wider, added = _with_path(circuit, rng)
         masks += [wider, _cut(wider, *added)]

@@ -26,6 +26,8 @@ from workbench.tracing import Model
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Progress = Callable[[int, int], None]
+# Bytes of writes beyond which more runs at once gain nothing.
+ROOM = 1 << 29
 Masks = Bool[np.ndarray, "circuit writer reader"]
 
 
@@ -48,7 +50,7 @@ class Trials:
         self.model, self.task, self.ablation = model, task, ablation
         self.graph = Graph.of(model)
         self.metric, self._measure = metric_of(task, metric)
-        self._check_memory(memory_limit)
+        self._room = self._check_memory(memory_limit)
         self.forwards = 0
         self._forked: list[tuple[Group, Forked]] = []
         for group in groups(task):
@@ -92,7 +94,7 @@ class Trials:
     def _run(self, masks: Masks, progress: Progress | None) -> Float[np.ndarray, "circuit prompt"]:
         found, done = np.empty((len(masks), len(self.task))), 0
         for group, forked in self._forked:
-            step = forked.runs_at_once()
+            step = forked.runs_at_once(self._room)
             for first in range(0, len(masks), step):
                 part = torch.as_tensor(masks[first : first + step], dtype=torch.float32)
                 with torch.no_grad():
@@ -104,10 +106,11 @@ class Trials:
         self.forwards += found.size
         return found
 
-    def _check_memory(self, limit: int | None) -> None:
+    def _check_memory(self, limit: int | None) -> int:
+        """Bytes for the writes of runs that go together, beside what is held."""
         allowed = free_memory(self.model.device) if limit is None else limit
         if allowed is None:
-            return
+            return ROOM
         element = torch.finfo(self.model.attachment.dtype).bits // 8
         width = len(self.graph.writers) * self.model.spec.d_model * element
         tokens = [len(group.prompts) * group.tokens for group in groups(self.task)]
@@ -118,3 +121,5 @@ class Trials:
                 f"Forked runs of {len(self.task)} prompts need about {size(need)} beyond the weights, but "
                 f"{size(allowed)} are allowed. Take fewer prompts (task.select)."
             )
+        # A run holds its writes and a layer's inputs, which are fewer.
+        return min(ROOM, (allowed - need) // 2)
