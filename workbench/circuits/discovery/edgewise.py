@@ -78,6 +78,7 @@ class Edgewise:
         self.work["forwards"] += found.numel()
         return found
 
+    @torch.enable_grad()
     def slopes(
         self, gates: Float[Tensor, "prompt edge"], *more: Tensor
     ) -> tuple[float, Float[Tensor, "prompt edge"], list[Tensor]]:

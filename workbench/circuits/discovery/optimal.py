@@ -74,20 +74,24 @@ def optimal_ablation(
     costs = {how: np.full((len(task), len(graph.writers)), np.nan) for how in ("mean", "zero", "optimal")}
     constants: dict[str, np.ndarray] = {}
     work, note, done = 0, "", 0
-    with frozen(model.attachment.hf_model):
-        for chunk in _chunks(parts, prepared):
-            fit = _Fit(chunk, prepared, objective, rate, steps)
-            _, note = concrete.train(steps, fit.step, None)
-            fit.finish()
-            for how, cost in fit.costs.items():
-                costs[how][:, [part.writer for part in chunk]] = cost.T
-            for part, constant in zip(chunk, fit.best, strict=True):
-                constants[f"constant {graph.writers[part.writer]}"] = constant.cpu().numpy()
-            work, done = work + fit.evaluations * len(chunk) * len(task), done + len(chunk)
-            if progress is not None:
-                progress(done, len(parts))
-            if note:
-                break
+    try:
+        with frozen(model.attachment.hf_model):
+            for chunk in _chunks(parts, prepared):
+                fit = _Fit(chunk, prepared, objective, rate, steps)
+                _, note = concrete.train(steps, fit.step, None)
+                fit.finish()
+                for how, cost in fit.costs.items():
+                    costs[how][:, [part.writer for part in chunk]] = cost.T
+                for part, constant in zip(chunk, fit.best, strict=True):
+                    constants[f"constant {graph.writers[part.writer]}"] = constant.cpu().numpy()
+                work, done = work + fit.evaluations * len(chunk) * len(task), done + len(chunk)
+                if progress is not None:
+                    progress(done, len(parts))
+                if note:
+                    break
+    except KeyboardInterrupt:
+        # Parts that were not reached have no score.
+        note = f"interrupted after {done} of {len(parts)} parts"
     base = objective.of_full.double().cpu().numpy()[:, None]
     left = {how: cost - base for how, cost in costs.items()}
     return Found(

@@ -64,7 +64,7 @@ def edge_pruning(
     if count is not None:
         # The threshold that leaves so many, found by sorting; alpha tells gates apart that are all 0 or all 1.
         shut = torch.zeros_like(shut).scatter(0, alpha.argsort(descending=True, stable=True)[:count], True)
-    kept = sight.laid(shut).cpu().numpy() > 0
+    kept = sight.laid(shut.float()).cpu().numpy() > 0
     graph = sight.graph
     cost = sight.losses(torch.as_tensor(kept, dtype=torch.float32)[None])[0]
     values, order = (sight.laid(one).double().cpu().numpy() for one in (concrete.settled(alpha), alpha))
