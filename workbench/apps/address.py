@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from urllib.parse import parse_qsl, urlencode
 
 from workbench.models import Head, Spec
@@ -10,6 +10,22 @@ from workbench.models import Head, Spec
 # A query longer than this is cut: browsers and servers refuse it anyway.
 MOST_QUERY = 8_000
 MOST_FIELDS = 64
+
+
+class Query(Mapping[str, str]):
+    """The fields of an address, and whether the page is shown in dark colours (which no address says)."""
+
+    def __init__(self, fields: Mapping[str, str], dark: bool = False) -> None:
+        self._fields, self.dark = dict(fields), dark
+
+    def __getitem__(self, name: str) -> str:
+        return self._fields[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
 
 
 def read_query(search: str | None) -> dict[str, str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from workbench.apps.address import Query
 from workbench.apps.library import RunLibrary
 from workbench.apps.settings import AppSettings
 
@@ -22,12 +23,12 @@ class Context:
 class Page:
     """A page: its address, its name, what it shows for a query, and its callbacks.
 
-    `layout` takes the query of the address (`?run=...`) and must accept any: what it cannot honour it says on the page.
+    `layout` takes the query of the address (`?run=...`), any there is: what it cannot honour it says on the page.
     `register` adds the callbacks, once, when the app is made.
     """
 
     path: str
     name: str
     hint: str
-    layout: Callable[[Context, Mapping[str, str]], Any]
+    layout: Callable[[Context, Query], Any]
     register: Callable[[Any, Context], None]

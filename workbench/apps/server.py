@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from dash import ALL, Dash, Input, Output, State, no_update
+from dash import ALL, Dash, Input, Output, State, ctx, no_update, set_props
 from flask import Flask, Response, request
 
-from workbench.apps.address import read_query
+from workbench.apps.address import Query, read_query
 from workbench.apps.context import Context, Page
 from workbench.apps.library import RunLibrary
 from workbench.apps.pages import PAGES
@@ -18,6 +19,7 @@ from workbench.apps.shell import colours, frame, refusal
 from workbench.apps.zoom.api import blueprint
 from workbench.errors import WorkbenchError
 
+_log = logging.getLogger("workbench")
 _INDEX = """<!DOCTYPE html>
 <html lang="en">
 <head>{%metas%}<meta name="viewport" content="width=device-width, initial-scale=1"><title>{%title%}</title>
@@ -37,6 +39,7 @@ def create_app(settings: AppSettings, pages: Sequence[Page] = PAGES) -> Dash:
         index_string=_INDEX,
         compress=False,
         add_log_handler=False,
+        on_error=_told,
     )
     context = Context(settings, RunLibrary(settings.runs))
     app.layout = frame(pages)
@@ -62,24 +65,38 @@ def _route(app: Dash, context: Context, pages: Sequence[Page]) -> None:
         Output({"nav": ALL}, "className"),
         Input("url", "pathname"),
         Input("url", "search"),
+        Input("scheme", "data"),
         State("shown-query", "data"),
     )
-    def show(path: str | None, search: str | None, shown: str | None) -> Any:
+    def show(path: str | None, search: str | None, scheme: str | None, shown: str | None) -> Any:
         path = (path or "/").rstrip("/") or "/"
         here = path + (search or "")
-        if here == shown:
+        # Figures are drawn anew in the other colours.
+        if here == shown and ctx.triggered_id != "scheme":
             return no_update, no_update, [no_update] * len(pages)
         links = ["nav here" if page.path == path else "nav" for page in pages]
-        return _shown(context, by_path.get(path), path, search), here, links
+        return _shown(context, by_path.get(path), path, search, scheme == "dark"), here, links
 
 
-def _shown(context: Context, page: Page | None, path: str, search: str | None) -> Any:
+def _shown(context: Context, page: Page | None, path: str, search: str | None, dark: bool) -> Any:
     if page is None:
         return refusal(f"There is no page {path[:80]}.", "The pages are in the list on the left.")
     try:
-        return page.layout(context, read_query(search))
+        return page.layout(context, Query(read_query(search), dark))
     except WorkbenchError as error:
         return refusal(str(error))
+    except Exception:  # noqa: BLE001 (a page must say that it failed, and leave the others alone)
+        _log.exception("page %s", page.path)
+        return refusal("This page failed, which is a fault of the workbench.", "The server's terminal has the reason.")
+
+
+def _told(error: Exception) -> None:
+    """Errors of callbacks are told on the page; what is shown stays."""
+    if not isinstance(error, WorkbenchError):
+        _log.error("callback", exc_info=error)
+    words = str(error) if isinstance(error, WorkbenchError) else "This failed; the server's terminal has the reason."
+    note = {"action": "show", "title": "Not done", "message": words[:600], "color": "orange", "autoClose": 12_000}
+    set_props("notifications", {"sendNotifications": [note]})
 
 
 def _switch_scheme(app: Dash) -> None:

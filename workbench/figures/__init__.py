@@ -24,6 +24,7 @@ from workbench.figures.maps import head_maps as head_maps
 from workbench.figures.patching import has_map as has_map
 from workbench.figures.patching import patch_maps as patch_maps
 from workbench.figures.pattern import pattern_map as pattern_map
+from workbench.figures.scatter import metric_scatter as metric_scatter
 from workbench.figures.studies import dose_lines as dose_lines
 from workbench.figures.studies import point_chart as point_chart
 from workbench.figures.text import caption_of as caption_of

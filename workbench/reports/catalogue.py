@@ -14,6 +14,7 @@ from workbench.reports.source import RunLike, frame
 
 _BETTER = ("higher", "lower", "either")
 # sink, previous token, induction, retrieval: the words by which the detectors named first are known
+_PLAIN_NAMES = frozenset(["sink", "previous_token", "induction", "retrieval"])
 _ROLES = (("sink",), ("previous",), ("induction",), ("retriev", "needle", "copy"))
 
 
@@ -91,7 +92,9 @@ class Catalogue:
         found: list[DetectorInfo] = []
         speaking = [d for d in self.detectors if d.name not in self.silent]
         for words in _ROLES:
-            match = next((d for d in speaking if any(w in d.name.lower() for w in words)), None)
+            named = [d for d in speaking if any(w in d.name.lower() for w in words)]
+            # One that is called so and no more goes before those that only have the word.
+            match = min(named, key=lambda d: d.name not in _PLAIN_NAMES, default=None)
             if match is not None and match not in found:
                 found.append(match)
         return found or speaking[:4]

@@ -7,3 +7,8 @@ parts.RunLink = function (props) {
     ? React.createElement("a", { href: to }, props.value)
     : React.createElement("span", null, props.value);
 };
+parts.HeadLink = function (props) {
+  const run = new URLSearchParams(location.search).get("run") || "";
+  const to = "/head?head=" + encodeURIComponent(props.value) + (run ? "&run=" + encodeURIComponent(run) : "");
+  return React.createElement("a", { href: to }, props.value);
+};

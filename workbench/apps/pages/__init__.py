@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from workbench.apps.pages.atlas import PAGE as ATLAS
+from workbench.apps.pages.head import PAGE as HEAD
 from workbench.apps.pages.pattern import PAGE as PATTERN
 from workbench.apps.pages.runs import PAGE as RUNS
 
-PAGES = (RUNS, PATTERN)
+PAGES = (RUNS, ATLAS, HEAD, PATTERN)

@@ -8,7 +8,7 @@ from typing import Any
 import dash_mantine_components as dmc
 from dash import Dash, dcc, html
 
-from workbench.apps.address import link
+from workbench.apps.address import Query, link
 from workbench.apps.context import Context, Page
 from workbench.apps.shell import refusal
 from workbench.runs.patterns import stored_patterns
@@ -19,7 +19,7 @@ _HELP = (
 )
 
 
-def _layout(context: Context, query: Mapping[str, str]) -> Any:
+def _layout(context: Context, query: Query) -> Any:
     runs = context.library.table()
     runs = runs[(runs["status"] == "complete")]
     name = query.get("run", "")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import dash_mantine_components as dmc
 from dash import Dash, Input, Output, State, ctx, dcc, html, no_update
 
-from workbench.apps.address import link, read_query, to_query
+from workbench.apps.address import Query, link, read_query, to_query
 from workbench.apps.context import Context, Page
 from workbench.apps.parts import certificate_badge, data_grid, facts
 from workbench.apps.shell import refusal
@@ -28,7 +27,7 @@ _COLUMNS = (
 )
 
 
-def _layout(context: Context, query: Mapping[str, str]) -> Any:
+def _layout(context: Context, query: Query) -> Any:
     found = context.library.table()
     rows = found.assign(certificate=found["certificate"].map({True: "passed", False: "–"}))
     kept = ["name", "kind", "title", "model", "created", "status", "certificate"]
@@ -175,7 +174,7 @@ def _register(app: Dash, context: Context) -> None:
             context.library.delete(name)
         except (WorkbenchError, OSError) as error:
             return refusal(str(error))
-        return _layout(context, {})
+        return _layout(context, Query({}))
 
 
 PAGE = Page("/", "Runs", "What is on disk, and where it comes from", _layout, _register)
