@@ -62,7 +62,7 @@ def attribute(
     started = time.perf_counter()
     with constant_weights(model), backward_rules(model, freeze, chosen.relevance) as attend:
         baselines = Baselines(model, task, ablation)
-        job = Job(model, task, graph, target, settings, baselines, attend)
+        job = Job(model, task, graph, target, settings, baselines, attend, freeze == "all" or chosen.relevance)
         found = _Found(len(task), graph, positions)
         done = 0
         for group, chunk, points in _chunks(job, chosen):

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.circuits.attribution.baselines import writes
-from workbench.circuits.attribution.passes import Gradients, Key, Pass, head_forks
+from workbench.circuits.attribution.passes import Gradients, Key, Pass
+from workbench.circuits.attribution.readers import head_forks
 from workbench.circuits.attribution.work import Chunk
 
 EdgeScores = Float[Tensor, "prompt writer reader"]
@@ -117,9 +118,9 @@ class _Scores:
 
     def _forks(self, one: Pass, gradients: Gradients) -> Iterator[tuple[slice, Tensor]]:
         """Readers that read the same writers, and `[reader, row, token, d_model]`."""
-        last = len(self.graph.readers) - 1
+        job, last = self.chunk.job, len(self.graph.readers) - 1
         yield slice(last, last + 1), gradients.parts["final", 0][None]
         for layer, places in enumerate(self.graph.layers):
-            yield slice(places.q.start, places.v.stop), head_forks(one, gradients, layer)
+            yield slice(places.q.start, places.v.stop), head_forks(job.model, one, gradients, layer, job.frozen)
             if places.mlp.stop > places.mlp.start:
                 yield places.mlp, gradients.parts["mlp_in", layer][None]

@@ -1,9 +1,9 @@
 """One forward pass with everything that gradients are taken of, and the gradients.
 
 The network is differentiated once with respect to what nodes put out. What a single reader of the stream sends back
-through its own fork, before the norm in front of it, then needs no further pass of the model: from q, k and v of each
-head back to the layer's input it is a product with a Jacobian within the layer, one for each head; from an MLP it is
-what the gradient gained between the MLP's output and its input.
+through its own fork, before the norm in front of it, then needs no further pass of the model: from an MLP it is what
+the gradient gained between the MLP's output and its input, and from q, k and v of each head it takes a short way
+within the layer (`readers`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from workbench.circuits.attribution.rules import Attend
 from workbench.models import AttentionCall
 from workbench.models.architectures import rewritten
+from workbench.models.projections import PROJECTIONS
 from workbench.tracing import Model
 
 # `embed` and `final` are the stream before and after all layers, `mlp_in` the stream that an MLP reads.
@@ -36,6 +37,7 @@ class Pass:
     """A run's tensors where they stand in the graph of gradients: streams `[row, token, d_model]`, attention calls, z
     `[row, head, token, dim]`, and what attention and MLPs put out, in the modules' own shapes.
 
+    `normed` and `projected` are what the norm in front of attention and the modules that make q, k and v put out.
     `streams` enter the layers and leave the last one; `dropped` is the layer that a backward pass leaves out.
     """
 
@@ -44,6 +46,8 @@ class Pass:
     z: list[Tensor] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)
     mlp: dict[int, Tensor] = field(default_factory=dict)
+    normed: list[Tensor] = field(default_factory=list)
+    projected: list[list[Tensor]] = field(default_factory=list)
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
     dropped: int | None = None
 
@@ -124,6 +128,8 @@ def run(
 
     with ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(gradients))
+        if gradients:
+            _watch_projections(model, found, stack)
         for layer, modules in enumerate(attachment.layers):
             stack.callback(modules.block.register_forward_pre_hook(entering(layer), with_kwargs=True).remove)
             stack.callback(modules.attention_write.register_forward_hook(_note(found, layer, None, False)).remove)
@@ -135,6 +141,27 @@ def run(
         logits: Tensor = attachment.hf_model(ids.to(attachment.device), use_cache=False, logits_to_keep=1).logits
     found.logits = logits[:, -1]
     return found
+
+
+def _watch_projections(model: Model, found: Pass, stack: ExitStack) -> None:
+    row = PROJECTIONS[model.spec.architecture]
+    paths = (row.query, row.key, row.value) if row.packing == "apart" else (row.query,)
+    for modules in model.attachment.layers:
+        outputs: list[Tensor] = []
+        found.projected.append(outputs)
+        if row.norm is not None:
+            norm = modules.block.get_submodule(row.norm)
+            stack.callback(norm.register_forward_hook(lambda _, args, output: found.normed.append(output)).remove)
+        for path in paths:
+            module = modules.attention.get_submodule(path)
+            stack.callback(module.register_forward_hook(_keeping(outputs)).remove)
+
+
+def _keeping(outputs: list[Tensor]) -> Any:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        outputs.append(output)
+
+    return hook
 
 
 def _note(found: Pass, layer: int, value: Tensor | None, mlp: bool) -> Any:
@@ -208,31 +235,9 @@ def _gradients(total: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     return [next(found) if here else torch.zeros_like(tensor) for here, tensor in zip(there, inputs, strict=True)]
 
 
-def _pulled(output: Tensor, source: Tensor, cotangent: Tensor, *, batched: bool = False) -> Tensor:
-    """A cotangent (or a batch of them) brought back from output to source."""
-    if not output.requires_grad:
-        return torch.zeros(*(cotangent.shape[:1] if batched else ()), *source.shape, dtype=source.dtype)
+def _pulled(output: Tensor, source: Tensor, cotangent: Tensor) -> Tensor:
+    """A cotangent brought back from output to source."""
     (found,) = torch.autograd.grad(
-        output,
-        source,
-        cotangent,
-        retain_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
-        is_grads_batched=batched,
+        output, source, cotangent, retain_graph=True, allow_unused=True, materialize_grads=True
     )
     return found
-
-
-def head_forks(one: Pass, gradients: Gradients, layer: int) -> Float[Tensor, "reader row token d_model"]:
-    """What each q of a head, then k and v of each KV head, sends back to the layer's input, before the norm."""
-    call, stream, found = one.calls[layer], one.streams[layer], list[Tensor]()
-    through: Mapping[Part, Tensor] = {"q": call.q, "k": call.k, "v": call.v}
-    for part, value in through.items():
-        gradient = gradients.parts[part, layer].transpose(1, 2)
-        heads = value.shape[1]
-        apart = torch.zeros(heads, *value.shape, dtype=value.dtype, device=value.device)
-        for head in range(heads):
-            apart[head, :, head] = gradient[:, head]
-        found.append(_pulled(value, stream, apart, batched=True))
-    return torch.cat(found)

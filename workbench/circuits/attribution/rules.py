@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from workbench.circuits.attribution.settings import Freeze
@@ -85,26 +86,41 @@ def _same_value(value: Tensor, linear: Tensor) -> Tensor:
     return value.detach() + (linear - linear.detach())
 
 
+class NormParts(NamedTuple):
+    """A norm at work: `gain * scale * centred` (and a bias); `centres` where it takes the mean away."""
+
+    gain: Float[Tensor, " d_model"] | None
+    centres: bool
+    centred: Float[Tensor, "*place d_model"]
+    scale: Float[Tensor, "*place one"]
+
+
+def norm_parts(architecture: str, norm: nn.Module, hidden: Tensor, output: Tensor) -> NormParts:
+    """What a norm did to `hidden`, read off its output; refuses a module that is no such norm."""
+    gain = norm_gain(architecture, norm, hidden.dtype)
+    centred = hidden - hidden.mean(-1, keepdim=True) if gain.centres else hidden
+    with torch.no_grad():
+        unscaled = centred if gain.gain is None else centred * gain.gain
+        bias = getattr(norm, "bias", None)
+        rest = output if bias is None else output - bias
+        # The scale that the module used, whatever its epsilon.
+        scale = (rest * unscaled).sum(-1, keepdim=True) / (unscaled**2).sum(-1, keepdim=True).clamp(min=1e-30)
+        error = (unscaled * scale - rest).abs().max()
+        if error > TOLERANCE.get(output.dtype, COARSE) * rest.abs().max().clamp(min=1e-6):
+            raise ModelRefused(
+                f"{architecture}: a {type(norm).__name__} is not the norm that we take it to be (off by "
+                f"{float(error):.3g}), so that gradients cannot be told apart behind it; patch activations instead."
+            )
+    return NormParts(gain.gain, gain.centres, centred, scale)
+
+
 def _given_scale(architecture: str) -> Callable[..., Tensor]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return output
-        (hidden,) = args
-        gain = norm_gain(architecture, module, hidden.dtype)
-        centred = hidden - hidden.mean(-1, keepdim=True) if gain.centres else hidden
-        unscaled = centred if gain.gain is None else centred * gain.gain
-        bias = getattr(module, "bias", None)
-        with torch.no_grad():
-            rest = output if bias is None else output - bias
-            # The scale that the module used, whatever its epsilon.
-            scale = (rest * unscaled).sum(-1, keepdim=True) / (unscaled**2).sum(-1, keepdim=True).clamp(min=1e-30)
-            error = (unscaled * scale - rest).abs().max()
-            if error > TOLERANCE.get(output.dtype, COARSE) * rest.abs().max().clamp(min=1e-6):
-                raise ModelRefused(
-                    f"{architecture}: a {type(module).__name__} is not the norm that we take it to be (off by "
-                    f"{float(error):.3g}), so that its scale cannot be frozen; use freeze_ln_scale=False."
-                )
-        return _same_value(output, unscaled * scale)
+        parts = norm_parts(architecture, module, args[0], output)
+        unscaled = parts.centred if parts.gain is None else parts.centred * parts.gain
+        return _same_value(output, unscaled * parts.scale)
 
     return hook
 

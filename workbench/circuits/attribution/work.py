@@ -24,7 +24,7 @@ Target = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(eq=False)
 class Job:
-    """What stays the same for all prompts."""
+    """What stays the same for all prompts; `frozen`: all norms' scales are taken as given."""
 
     model: Model
     task: PairTask
@@ -33,6 +33,7 @@ class Job:
     settings: Settings
     baselines: Baselines
     attend: Attend
+    frozen: bool
     work: dict[str, int] = field(default_factory=lambda: {"forwards": 0, "backwards": 0})
 
     @property
