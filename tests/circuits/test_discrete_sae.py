@@ -21,10 +21,10 @@ from workbench.circuits.codes import (
     node_scores,
     train_autoencoder,
 )
-from workbench.circuits.discrete_sae import identify, mean_outputs
-from workbench.dynamics.induction_pairs import handwritten_pairs
+from workbench.circuits.discrete_sae import DiscreteCircuit, identify, mean_outputs
+from workbench.dynamics.copying import copying
 from workbench.errors import RequestError
-from workbench.models import Batch
+from workbench.models import Batch, Head
 from workbench.tasks.pairs import Edge
 
 CIRCUIT, BACKGROUND = 3, 40
@@ -87,6 +87,26 @@ def test_counts_are_those_of_sets() -> None:
             assert edges[one, two] == pytest.approx(len(own - other) / (len(own | other) if normalise else 1))
 
 
+def test_curves_of_pairs_are_of_edges_between_heads() -> None:
+    edges = np.full((1, 4, 4), np.nan)
+    edges[0, :2, 2:] = [[3.0, 1.0], [2.0, 0.0]]
+    heads = tuple(Head(layer, head) for layer in range(2) for head in range(2))
+    codes = np.zeros((1, 2, 4), dtype=np.int64)
+    found = DiscreteCircuit(
+        "pairs", heads, codes, np.array([True, False]), np.zeros((1, 4)), edges, AutoencoderSettings(), 0,
+        kv_heads=("L0KV0", "L0KV0", "L1KV0", "L1KV0"),
+    )  # fmt: skip
+    # Edges into queries and keys of one head are one pair; those that are not between heads are none.
+    first = Edge("L0H0", "L1H0", "q")
+    assert found.curves([first, Edge("embed", "L1H0", "q")], "edge")[0].area == 1
+    assert found.curves([Edge("L0H1", "L1H0", "q")], "edge")[0].area == pytest.approx(2 / 3)
+    # The group's two heads, second and fourth of four.
+    assert found.curves([Edge("L0H1", "L1KV0", "k")], "edge")[0].area == pytest.approx(1 / 4)
+    assert found.curves(["L1H0"], "pairs")[0].area == pytest.approx(5 / 6)
+    table = found.edges(2)
+    assert list(table.source) == ["L0H0", "L0H1"] and list(table.target) == ["L1H0", "L1H0"]
+
+
 def test_pairs_that_tie_count_in_part() -> None:
     edges = np.full((4, 4), np.nan)
     edges[0, 2], edges[0, 3], edges[1, 2], edges[1, 3] = 5.0, 1.0, 1.0, 1.0
@@ -147,27 +167,25 @@ def test_mean_outputs_are_means_of_results(any_model, make_pairs) -> None:
 
 @pytest.fixture(scope="module")
 def planted():
-    """Hand-written induction; negatives are of three tokens alone, which repeat everywhere."""
-    truth = handwritten_pairs()
-    generator = torch.Generator().manual_seed(4)
-    length = truth.task.clean.ids.shape[1]
-    return truth, Batch(
-        torch.stack([torch.randint(0, 3, (length,), generator=generator) for _ in range(12)]),
-        torch.ones(12, length, dtype=torch.bool),
-    )
+    """Two heads copy the value that is asked for, two do nothing; on negatives nothing is asked."""
+    truth = copying((1.0, 0.8, 0.0, 0.0), kv_heads=4)
+    silenced = truth.task.clean.ids.clone()
+    silenced[:, -1] = silenced[:, 0]
+    return truth, Batch(silenced, truth.task.clean.mask)
 
 
 def test_a_model_end_to_end(planted) -> None:
     truth, negatives = planted
     settings = AutoencoderSettings(features=40, epochs=100)
     found = discrete_sae(truth.model, truth.task, negatives=negatives, settings=settings, trainings=2)
-    assert found.codes.shape == (2, 24, len(found.heads))
+    assert found.codes.shape == (2, 24, 4)
     assert found.notes[0] == "negatives: prompts given"
+    assert [one.area for one in found.curves(["L0H0", "L0H1"])] == [1.0, 1.0]
     table = found.nodes()
     np.testing.assert_allclose(table.probability.sum(), 1)
     expected = [node_scores(codes, found.positive) for codes in found.codes]
     np.testing.assert_array_equal(found.node_scores, expected)
-    assert len(found.edges(3)) == 3
+    assert len(found.edges()) == 0
     graph = Graph.of(truth.model)
     scores = found.scores(graph)
     assert scores.nodes[graph.writer(str(found.heads[0]))] == found.node_scores[:, 0].mean()
@@ -191,4 +209,5 @@ def test_refusals(planted) -> None:
     assert found.notes[0] == "negatives: corrupt"
     with pytest.raises(RequestError, match="L9H9 is no head"):
         found.curves(["L9H9"])
-    assert 0 <= found.curves([Edge("L0H0", "L1KV0", "k"), Edge("L0H0", "L1H0", "q")], "edge")[0].area <= 1
+    with pytest.raises(RequestError, match="needs both kinds"):
+        found.curves([Edge("L0H0", "logits")], "edge")

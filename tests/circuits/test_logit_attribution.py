@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from workbench.circuits import ask, direct_logit_attribution, patch_paths, source_attribution
+from workbench.circuits import Graph, ask, direct_logit_attribution, patch_paths, source_attribution
 from workbench.dynamics import planted
 from workbench.dynamics.copying import negative_head
 from workbench.dynamics.induction_pairs import handwritten_pairs
@@ -112,6 +112,18 @@ def test_tables_hold_means_with_intervals(llama, task) -> None:
     long = found.per_prompt()
     assert len(long) == found.values.size
     np.testing.assert_allclose(long.groupby("node").value.mean()[table.node], table.value)
+
+
+def test_scores_on_the_graph(gpt2, task) -> None:
+    found = direct_logit_attribution(gpt2, task)
+    graph = Graph.of(gpt2)
+    scores = found.scores(graph)
+    at = {node: found.values[:, number] for number, node in enumerate(found.nodes)}
+    np.testing.assert_allclose(scores.node_per_prompt[:, 0], at["embed"] + at["positions"])
+    np.testing.assert_allclose(scores.nodes[graph.writer("L2H3")], at["L2H3"].mean())
+    assert len(scores.table("nodes")) == len(graph.writers)
+    with pytest.raises(RequestError, match=r"L0\.attn"):
+        direct_logit_attribution(gpt2, task, by="component").scores(graph)
 
 
 def test_prompts_of_ones_own(llama) -> None:

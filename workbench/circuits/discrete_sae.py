@@ -6,7 +6,9 @@ them only positive prompts have (`codes`). Positives are prompts of the task tha
 near-identical ones on which the behaviour cannot work.
 
 What it finds are heads that *differ* between the classes, whether or not the output depends on them: correlation, to
-be checked by patching. Scores count codes and have no sign.
+be checked by patching. Scores count codes and have no sign. Means over positions and the strongest feature alone hide
+much: of a trained two-layer induction model it scores the heads that matter most in layer 1 zero, and all heads of
+layer 0 alike (repeated against unrepeated sequences, published settings).
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ class DiscreteCircuit:
 
     `codes` are `[training, prompt, head]` (-1 where no feature is active), `positive` says which prompts are;
     `node_scores` count a head's codes that only positives have, `edge_scores` the pairs of codes of two heads (lower
-    layer to higher; NaN elsewhere).
+    layer to higher; NaN elsewhere). `kv_heads` names the key/value head behind each head.
     """
 
     task: str
@@ -64,6 +66,7 @@ class DiscreteCircuit:
     seed: int
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    kv_heads: tuple[str, ...] = ()
 
     @property
     def probability(self) -> Float[np.ndarray, " head"]:
@@ -117,16 +120,16 @@ class DiscreteCircuit:
         """ROC curves against known heads or edges, one a training.
 
         "node": heads by their scores; "edge": pairs of heads by theirs (edges of `truth` between heads, whichever
-        input they go through); "pairs": heads by how often they are in the best pairs, which the paper calls edge.
+        input they go through; one into a key/value head is into all heads of its group); "pairs": heads by how often
+        they are in the best pairs, which the paper calls edge.
         """
         names = {str(head): place for place, head in enumerate(self.heads)}
         known = list(truth)
         if what == "edge":
-            pairs = {(one.source, one.target) for one in known if isinstance(one, Edge)}
             wanted = np.zeros((len(names), len(names)), dtype=bool)
-            for source, target in pairs:
-                if source in names and target in names:
-                    wanted[names[source], names[target]] = True
+            for one in known:
+                if isinstance(one, Edge) and one.source in names:
+                    wanted[names[one.source], self._behind(one.target)] = True
             return [curve(scores.reshape(-1), wanted.reshape(-1)) for scores in self.edge_scores]
         if what not in ("node", "pairs"):
             raise RequestError(f"what={what!r}: choose 'node', 'edge' or 'pairs'.")
@@ -136,6 +139,12 @@ class DiscreteCircuit:
         true = np.isin(list(names), known)
         scored = self.node_scores if what == "node" else [heads_in_pairs(one) for one in self.edge_scores]
         return [curve(scores, true) for scores in scored]
+
+    def _behind(self, node: str) -> list[int]:
+        """Heads that a head or a key/value head is part of."""
+        whole = self.kv_heads or ("",) * len(self.heads)
+        both = zip(self.heads, whole, strict=True)
+        return [place for place, (head, kv) in enumerate(both) if node in (str(head), kv)]
 
     def scores(self, graph: Graph) -> Scores:
         """Node scores (means over trainings) on a model's graph, to be compared and evaluated with other methods'."""
@@ -181,7 +190,8 @@ def discrete_sae(
     heads = tuple(model.spec.heads())
     found = identify(outputs, positive, [head.layer for head in heads], settings, trainings, normalise, seed)
     seconds = {"model": ran - started, "autoencoders": time.perf_counter() - ran}
-    return DiscreteCircuit(task.name, heads, *found, settings, seed, notes, seconds)
+    kv_heads = tuple(f"L{head.layer}KV{head.head // model.spec.layers[head.layer].group}" for head in heads)
+    return DiscreteCircuit(task.name, heads, *found, settings, seed, notes, seconds, kv_heads)
 
 
 def identify(

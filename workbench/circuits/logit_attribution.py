@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from workbench.circuits.asked import Asked, Run, asked_of
 from workbench.circuits.blocks import near
+from workbench.circuits.graph import Graph, Scores
 from workbench.circuits.inference import mean_effect, q_values, sign_flip_p
 from workbench.circuits.readout import Readout, frozen, read_out
 from workbench.circuits.recorded import Group, Recorded, by_length, record
@@ -92,6 +93,20 @@ class LogitAttribution:
         places = self._places()
         long = places.loc[places.index.repeat(prompts)].reset_index(drop=True)
         return long.assign(prompt=np.tile(np.arange(prompts), len(self.nodes)), value=self.values.T.reshape(-1))
+
+    def scores(self, graph: Graph) -> Scores:
+        """Values of a model's writers on its graph, to be compared and evaluated with other methods'.
+
+        Learned positions belong to `embed`; biases of output projections to no writer. Refused by sublayers.
+        """
+        values = np.zeros((len(self.values), len(graph.writers)))
+        for number, node in enumerate(self.nodes):
+            if not node.endswith(".bias"):
+                values[:, graph.writer("embed" if node == "positions" else node)] += self.values[:, number]
+        return Scores(
+            graph, "direct logit attribution", self.task, self.of, len(values), self.seed, nodes=values.mean(0),
+            node_per_prompt=values, notes=self.notes, work={"forwards": len(values)}, direction="none", ablation="none",
+        )  # fmt: skip
 
     def _places(self) -> pd.DataFrame:
         found = [_NODE.fullmatch(node) for node in self.nodes]
