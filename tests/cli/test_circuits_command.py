@@ -116,7 +116,8 @@ def test_what_cannot_be_done_is_said_before_a_model_loads(call, arguments, messa
 def test_tasks_are_listed_and_measured(call, model_folder):
     from workbench.circuits import PATCH_SITES
     from workbench.circuits.spots import BYS
-    from workbench.cli.circuits import SITES, TASKS, ByName, FormName, MetricName
+    from workbench.cli.circuit_options import SITES, TASKS, MetricName
+    from workbench.cli.circuits import ByName, FormName
     from workbench.tasks.pair_tasks import PAIR_TASKS
     from workbench.tasks.pairs import METRICS
 

@@ -138,6 +138,20 @@ def test_faithfulness_beside_random_circuits() -> None:
     assert figure.layout.xaxis.type == "log" and "5 random circuits" in caption_of(figure)
 
 
+def test_rankings_are_lines_of_their_own() -> None:
+    curve = pd.DataFrame({
+        "method": "EAP", "ranking": ["absolute", "absolute", "signed", "signed"], "fraction": [0.1, 1.0, 0.1, 1.0],
+        "value": [0.2, 1.0, 0.7, 1.0], "low": 0.0, "high": 1.0,
+    })  # fmt: skip
+    random = pd.DataFrame(
+        {"fraction": [0.1, 0.1, 1.0, 1.0], "low": [-0.1, -0.3, 1, 1], "high": [0.1, 0.05, 1, 1], "n": 2}
+    )
+    lines = {trace.name: list(trace.y) for trace in faithfulness_curve(curve, ABOUT, random=random).data if trace.name}
+    assert lines["EAP, by size"] == [0.2, 1.0] and lines["EAP, by sign"] == [0.7, 1.0]
+    # One band over all random circuits of a share.
+    assert lines["random circuits"] == [0.1, 1.0]
+
+
 def test_roc_has_its_area_and_its_source() -> None:
     points = pd.DataFrame(
         {"method": "EAP", "fpr": [0.0, 0.5, 1.0], "tpr": [0.5, 1.0, 1.0], "auc": 0.875, "of": "edges"}

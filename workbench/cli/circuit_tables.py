@@ -74,7 +74,7 @@ def show_effects(session: Session, run: Run, top: int = TOP) -> None:
         found = int((known["q"] < 0.05).sum())
         show_table(session, f"What is {_WORDS[str(direction)]}: {found} of {len(known)} places at q < 0.05", made)
     least = 2.0 ** (1 - int(frame["n"].max()))
-    if least * 20 > 1 / len(frame):
+    if not (frame["q"] < 0.05).any() and least > 0.05 / len(frame):
         session.say(f"With so few pairs p cannot fall below {plain(least)}; --pairs 16 or more tells chance apart.")
 
 
@@ -83,3 +83,91 @@ def _columns(rows: pd.DataFrame) -> list[str]:
     wanted = ["node", "receiver", "site", "position", "key"]
     there = [name for name in wanted if name in rows and rows[name].notna().any()]
     return [name for name in there if name == "node" or rows[name].nunique() > 1]
+
+
+def show_methods(session: Session, kind: str) -> None:
+    """The methods of a command with what they do, or their settings."""
+    with session.err.status("importing"):
+        session.silence_transformers()
+        from workbench.circuits.attribution import METHODS as ATTRIBUTION
+        from workbench.circuits.discovery import METHODS as DISCOVERY
+        from workbench.studies.searches import DIRECT, defaults
+    if kind == "attribute":
+        made = table("method", "scores", "what it does", "paper")
+        for name, method in ATTRIBUTION.items():
+            made.add_row(name, "nodes" if method.of_edges is None else "edges", method.caption, method.paper)
+        made.add_row(DIRECT, "nodes", "what each head and MLP writes straight to the logits, exactly", "-")
+    else:
+        made = table("method", "what it does", "settings (--set NAME=VALUE)")
+        for name, function in DISCOVERY.items():
+            said = (function.__doc__ or "").strip().partition("\n\n")[0]
+            listed = ", ".join(f"{key}={_brief(value)}" for key, value in defaults(name).items())
+            made.add_row(name.replace(" ", "-"), printable(" ".join(said.split())), listed)
+    show_table(session, "Methods", made)
+
+
+def _brief(value: object) -> str:
+    if isinstance(value, tuple) and len(value) > 3:
+        return f"{value[0]:g} to {value[-1]:g}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def show_scores(session: Session, run: Run, top: int = TOP) -> None:
+    """The largest scores of edges and nodes, what was kept, and what parts write."""
+    about = run.manifest["circuits"]
+    for name, title in (("edge_scores", "edges"), ("node_scores", "nodes")):
+        if not run.has_table(name):
+            continue
+        frame = run.table(name).sort_values("rank", kind="stable")
+        made = table(title[:-1], ">score [95 %]")
+        for row in frame.head(top).to_dict("records"):
+            through = f".{row['through']}" if row.get("through") else ""
+            shown = f"{row['source']} -> {row['target']}{through}" if title == "edges" else str(row["node"])
+            made.add_row(shown, estimate(row["score"], row["low"], row["high"], sign=True))
+        show_table(session, f"The {min(top, len(frame))} largest of {len(frame):,} {title} ({about['method']})", made)
+    if run.has_table("contributions"):
+        frame = run.table("contributions")
+        made = table("part", ">towards the answer [95 %]", ">q")
+        for row in frame.loc[frame["value"].abs().nlargest(top).index].to_dict("records"):
+            made.add_row(
+                str(row["node"]), estimate(row["value"], row["low"], row["high"], sign=True), probability(row["q"])
+            )
+        show_table(session, f"The {min(top, len(frame))} largest of {len(frame)} parts", made)
+    if about.get("circuit"):
+        found = about["circuit"]
+        session.say(f"Kept: {found['edges']:,} of {found['of']:,} edges ({100 * found['edges'] / found['of']:.2g} %).")
+    for note in about.get("notes", ()):
+        session.say(f"Note: {note}")
+
+
+def show_evaluation(session: Session, run: Run) -> None:
+    """Faithfulness by size beside random circuits, and the measures."""
+    curve = run.table("faithfulness")
+    random = run.table("random_circuits") if run.has_table("random_circuits") else None
+    for (method, ranking), rows in curve.groupby(["method", "ranking"], sort=False):
+        made = table(">edges kept", ">share", ">faithfulness [95 %]", ">random circuits [range]")
+        for row in rows.sort_values("fraction").to_dict("records"):
+            beside = "-"
+            if random is not None:
+                same = random[(random["method"] == method) & (random["ranking"] == ranking)]
+                found = same[same["fraction"] == row["fraction"]].to_dict("records")
+                beside = estimate(found[0]["value"], found[0]["low"], found[0]["high"]) if found else "-"
+            made.add_row(
+                f"{row['edges']:,}", f"{100 * row['fraction']:.3g} %", estimate(row["value"], row["low"], row["high"]),
+                beside,
+            )  # fmt: skip
+        ranked = {"absolute": "ranked by size", "signed": "ranked by sign", "given": "as it was found"}[str(ranking)]
+        show_table(session, f"{method}, {ranked}", made)
+    made = table("method", "measure", ">value [95 %]", "beside")
+    for row in run.table("measures").to_dict("records"):
+        name = str(row["measure"]).replace("_", " ")
+        made.add_row(row["method"], name, estimate(row["value"], row["low"], row["high"]), printable(row["note"]))
+    show_table(session, "Measures (CPR: higher is better, CMD: lower)", made)
+    chosen = run.manifest["circuits"].get("circuit")
+    if chosen:
+        session.say(
+            f"Kept: {chosen['edges']:,} of {chosen['of']:,} edges of {chosen['method']}, "
+            f"faithfulness {plain(chosen['faithfulness'])}."
+        )
+    if not run.manifest["circuits"].get("compared"):
+        session.say("No circuit of this task is known in this very model, so that there is no ROC curve.")

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from workbench.cli import options
+from workbench.cli import circuit_evaluate, circuit_search, options
 from workbench.cli.attached import attached, default_run
+from workbench.cli.circuit_options import SITES, Asked, Metric, Pairs, Task, found_pairs
 from workbench.cli.circuit_tables import show_effects, show_tasks, tell_pairs
 from workbench.cli.heads import tell_run
 from workbench.cli.progress import display
@@ -21,17 +22,11 @@ if TYPE_CHECKING:
 
     from workbench.runs import Run
     from workbench.studies.patches import PatchSettings
-    from workbench.tasks.pairs import PairTask
     from workbench.tracing import Model
 
 app = typer.Typer(no_args_is_help=True, help="Patch, attribute, discover and evaluate circuits, on pairs of prompts.")
-
-# Stated here as well, so that `--help` need not import them; a test compares.
-TASKS = (
-    *("ioi", "colored_objects", "greater_than", "docstring", "gender", "agreement", "mcqa", "facts"),
-    *("lag_induction", "json_pairs"),
-)
-SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern")
+circuit_search.register(app)
+circuit_evaluate.register(app)
 
 
 class ByName(StrEnum):
@@ -52,30 +47,11 @@ class DirectionName(StrEnum):
     noising = "noising"
 
 
-class MetricName(StrEnum):
-    """What is read of the logits."""
-
-    logit_difference = "logit_difference"
-    logit_margin = "logit_margin"
-    probability_difference = "probability_difference"
-    log_probability = "log_probability"
-
-
 class FormName(StrEnum):
     """What is frozen between a sender and a receiver."""
 
     wang = "wang"
     strict = "strict"
-
-
-Task = Annotated[
-    str,
-    typer.Option(
-        "--task", metavar="NAME|FILE", help=f"{', '.join(TASKS)}; or a .jsonl or .csv file of pairs of your own."
-    ),
-]
-Pairs = Annotated[int | None, typer.Option(metavar="N", min=2, help="Pairs of prompts. [default: 16; of a file, all]")]
-Metric = Annotated[MetricName | None, typer.Option(help="What is read of the logits. [default: the task's own]")]
 
 
 @app.command(name="tasks", cls=Command)
@@ -229,7 +205,7 @@ def _patched(
     model: Model,
     path: Path,
     settings: PatchSettings,
-    asked: tuple[str, int | None, int],
+    asked: Asked,
     overwrite: bool,
 ) -> Run:
     """The run under a display."""
@@ -240,21 +216,6 @@ def _patched(
         return patch_run(
             model, task, path, settings=settings, overwrite=overwrite, reporter=shown, command=session.command
         )
-
-
-def found_pairs(session: Session, model: Model, asked: tuple[str, int | None, int], metric: str | None) -> PairTask:
-    """The pairs, and what this tokenizer could not take of them."""
-    from workbench.studies.pairs import find_pairs
-
-    name, pairs, seed = asked
-    task = find_pairs(model, name, pairs, seed, metric)
-    dropped = ", ".join(f"{len(words)} {what}" for what, words in task.dropped.items() if words)
-    groups = len(set(task.groups.tolist()))
-    session.note(
-        f"{len(task)} pairs of {task.name} in {groups} {'shape' if groups == 1 else 'shapes'}, up to "
-        f"{int(task.clean.lengths.max())} tokens" + (f"; this tokenizer cannot take {dropped}" if dropped else "")
-    )
-    return task
 
 
 def tell_next(session: Session, run: Run, model: str, task: str) -> None:

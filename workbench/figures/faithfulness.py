@@ -34,10 +34,12 @@ def faithfulness_curve(
     equal size, drawn as a band.
     """
     need(curve, ["method", "fraction", "value", "low", "high"])
-    colours = palette(dark)
+    colours, curve = palette(dark), _named(curve)
     figure = go.Figure(layout={"template": template(dark)})
     if random is not None and len(random):
-        _add_band(figure, random.sort_values("fraction"), colours.control)
+        # Circuits of one share have random ones of their own; the band holds all of them.
+        band = random.groupby("fraction", as_index=False).agg(low=("low", "min"), high=("high", "max"))
+        _add_band(figure, band.dropna(), colours.control)
     for index, (method, part) in enumerate(curve.groupby("method", sort=False)):
         _add_line(figure, str(method), part.sort_values("fraction"), colours.series[index % len(colours.series)], index)
     for level in (0.0, 1.0):
@@ -69,6 +71,17 @@ def faithfulness_curve(
     )  # fmt: skip
 
 
+_RANKINGS = {"absolute": "by size", "signed": "by sign", "given": "as found"}
+
+
+def _named(curve: pd.DataFrame) -> pd.DataFrame:
+    """One name a line: the method, and how its edges were ranked where that differs."""
+    if "ranking" not in curve or curve["ranking"].nunique() < 2:
+        return curve
+    ways = [_RANKINGS.get(str(one), str(one)) for one in curve["ranking"]]
+    return curve.assign(method=[f"{name}, {way}" for name, way in zip(curve["method"], ways, strict=True)])
+
+
 def roc_curve(points: pd.DataFrame, about: Mapping[str, Any], *, dark: bool = False) -> go.Figure:
     """True against false positive rate of the known circuit's parts, a line a method; `auc` where the table has it."""
     need(points, ["method", "fpr", "tpr"])
@@ -80,6 +93,10 @@ def roc_curve(points: pd.DataFrame, about: Mapping[str, Any], *, dark: bool = Fa
             hoverinfo="skip", name="chance",
         )
     )  # fmt: skip
+    if "of" in points and points["of"].nunique() > 1:
+        points = points.assign(
+            method=[f"{name}, {of}" for name, of in zip(points["method"], points["of"], strict=True)]
+        )
     for index, (method, part) in enumerate(points.groupby("method", sort=False)):
         ordered = part.sort_values(["fpr", "tpr"])
         area = f" (area {number(float(part['auc'].iloc[0]), places=2)})" if "auc" in part else ""
@@ -99,7 +116,7 @@ def roc_curve(points: pd.DataFrame, about: Mapping[str, Any], *, dark: bool = Fa
     )
     known = about.get("known_circuit") or {}
     paper = f" of {known['paper']}" if isinstance(known, Mapping) and known.get("paper") else ""
-    of = str(points["of"].iloc[0]) if "of" in points else "parts"
+    of = " and ".join(dict.fromkeys(map(str, points["of"]))) if "of" in points else "parts"
     return with_caption(
         figure, f"How the ranking of {of} by score finds those of the known circuit{paper}. {measured(about)}"
     )

@@ -108,7 +108,12 @@ def _evaluated(run: RunLike) -> list[Markup]:
         return []
     parts = []
     random = frame(run, "random_circuits")
+    if "ranking" in curve:
+        curve = curve[curve["ranking"] != "signed"]
     for method, rows in curve.groupby("method", sort=False):
+        if len(rows) == 1:
+            parts.append(_alone(str(method), rows.iloc[0]))
+            continue
         enough = rows[(rows["value"] >= FAITHFUL) & (rows["fraction"] < 1)].sort_values("fraction")
         if enough.empty:
             small = rows[rows["fraction"] < 1].sort_values("value").iloc[-1]
@@ -128,11 +133,21 @@ def _evaluated(run: RunLike) -> list[Markup]:
     return parts
 
 
+def _alone(method: str, row: Any) -> Markup:
+    """A circuit that a method chose itself."""
+    return Markup("{} keeps {} of the edges and is {} faithful{}.").format(
+        method[:1].upper() + method[1:], _share(row["fraction"]), number(row["value"]), _bounds(row)
+    )
+
+
 def _beside(row: Any, random: pd.DataFrame | None) -> list[Markup]:
     """A circuit beside random ones of its size."""
     if random is None:
         return []
     same = random[(random["fraction"] - row["fraction"]).abs() < 1e-9]
+    for name in ("method", "ranking"):
+        if name in same and name in row.index:
+            same = same[same[name] == row[name]]
     if same.empty:
         return []
     found = same.iloc[0]
