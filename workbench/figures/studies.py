@@ -69,24 +69,33 @@ def dose_lines(
     group: str,
     x_title: str = "",
     y_title: str = "",
+    band: str = "range of random draws",
     dark: bool = False,
 ) -> go.Figure:
-    """Lines of `value` over `x`, one a `group` with its intervals; the controls' range as a band of the same colour."""
+    """Lines of `value` over `x`, one a `group` with its intervals; the controls' range as a band of the same colour.
+
+    Where all groups have the same controls there is one band, in grey. `band` says what it is.
+    """
     need(rows, [x, value, group, "low", "high", *_CONTROL])
+    shared = not rows[[x, *_CONTROL]].drop_duplicates().duplicated(x).any() and rows[group].nunique() > 1
     colours = palette(dark)
     figure = go.Figure(layout={"template": template(dark)})
     for index, (name, part) in enumerate(rows.groupby(group, sort=False)):
         colour, ordered = colours.series[index % len(colours.series)], part.sort_values(x)
         across = ordered[x].to_numpy()
-        red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
-        edge = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "legendgroup": str(name)}
-        figure.add_trace(go.Scatter(x=across, y=ordered["control_low"].to_numpy(), showlegend=False, **edge))
-        figure.add_trace(
-            go.Scatter(
-                x=across, y=ordered["control_high"].to_numpy(), fill="tonexty", **edge,
-                fillcolor=f"rgba({red},{green},{blue},0.16)", name=safe(f"{name}, range of random draws"),
-            )
-        )  # fmt: skip
+        filled = colours.control if shared else colour
+        red, green, blue = (int(filled[at : at + 2], 16) for at in (1, 3, 5))
+        edge = {
+            "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "legendgroup": "band" if shared else str(name),
+        }  # fmt: skip
+        if not (shared and index):
+            figure.add_trace(go.Scatter(x=across, y=ordered["control_low"].to_numpy(), showlegend=False, **edge))
+            figure.add_trace(
+                go.Scatter(
+                    x=across, y=ordered["control_high"].to_numpy(), fill="tonexty", **edge,
+                    fillcolor=f"rgba({red},{green},{blue},0.16)", name=safe(band if shared else f"{name}, {band}"),
+                )
+            )  # fmt: skip
         line = _points(ordered, pd.Series(ordered[value].to_numpy()), x, group, safe(str(name)), index, colours)
         line.update(
             x=across, mode="lines+markers", line={"color": colour, "width": 2}, error_x=None,
@@ -100,10 +109,10 @@ def dose_lines(
         xaxis={"title": {"text": safe(x_title or x)}, "fixedrange": True},
         yaxis={"title": {"text": safe(y_title or value)}, "fixedrange": True},
     )
+    bands = f"{'the band is the' if shared else 'bands are the'} {band}"
     return with_caption(
         figure,
-        f"{y_title or value} over {x_title or x}, with 95 % bootstrap intervals; bands are the full range of random "
-        f"draws. {_captions(rows)}".strip(),
+        f"{y_title or value} over {x_title or x}, with 95 % bootstrap intervals; {bands}. {_captions(rows)}".strip(),
     )
 
 

@@ -37,6 +37,7 @@ from workbench.tasks import PairTask
 from workbench.tracing import Model
 from workbench.tracing.sites import Site
 
+Places = np.ndarray[Any, np.dtype[np.int64]]
 STAGES = ("logits", "queries", "values")
 RESAMPLES = 999
 
@@ -128,7 +129,7 @@ class Walk:
         all_heads[rows] = effects.effect("noising")
         self.effects[stage] = all_heads
 
-    def best(self, stage: str, prompts: Array | None = None) -> list[Head]:
+    def best(self, stage: str, prompts: Places | None = None) -> list[Head]:
         """The heads with the largest mean effect, best first; of some prompts where they are named."""
         values = self.effects[stage] if prompts is None else self.effects[stage][:, prompts]
         return [self.heads[at] for at in np.argsort(-values.mean(1), kind="stable")[: self.top]]
