@@ -64,7 +64,8 @@ def flow_routes(
     proportion to the parts that are kept (`renormalise` makes these sum to one again; otherwise what is cut is lost).
     `edges` has each writer's part of each reader's input, over all tokens (of the logits at the token read), as MIB
     scores them; q, k and v of a layer read the same stream and get the same.  `log` is the graph: one row a kept part,
-    with its prompt, layer, kind ("head", "residual", "mlp"), head, query and key tokens, and contribution.
+    with its prompt, layer, block ("attention", "mlp", or "both" where they are parallel), kind ("head", "residual",
+    "mlp"), head, query and key tokens, and contribution; the parts of a block at a token sum to one before the cut.
     """
     if not 0 <= threshold < 1:
         raise RequestError(f"threshold={threshold}: a share of at least 0 and below 1 is needed (usually .01 to .1).")
@@ -169,8 +170,8 @@ class _Walk:
         prompt, token = self.reached.nonzero(as_tuple=True)
         parts = torch.stack([seen.middle[prompt, token], seen.mlp[prompt, token]], 1).double()
         share = self._kept(proximity(parts, seen.after[prompt, token].double()))
-        self._note(layer, "residual", prompt, token, token, share[:, 0])
-        self._note(layer, "mlp", prompt, token, token, share[:, 1])
+        self._note(layer, "mlp", "residual", prompt, token, token, share[:, 0])
+        self._note(layer, "mlp", "mlp", prompt, token, token, share[:, 1])
         through = self.flow[prompt, token]
         place = self.graph.layers[layer].mlp_out.start
         np.add.at(self.nodes[:, place], prompt.cpu().numpy(), (through * share[:, 1]).cpu().numpy())
@@ -181,7 +182,7 @@ class _Walk:
     def _attention(self, layer: int, seen: _Layer) -> None:
         before, reached = torch.zeros_like(self.flow), torch.zeros_like(self.reached)
         parallel = self.model.spec.parallel and seen.mlp is not None
-        whole = seen.after if parallel else seen.middle
+        whole, block = (seen.after, "both") if parallel else (seen.middle, "attention")
         places = self.graph.layers[layer]
         for prompt, token, heads in self._contributions(layer, seen, whole):
             end = whole[prompt, token].double()
@@ -194,9 +195,9 @@ class _Walk:
             own, heads = share[:, : len(same)], share[:, len(same) :].view_as(heads)
             through = self.flow[prompt, token]
             for kind, column in zip(("residual", "mlp"), own.T, strict=False):
-                self._note(layer, kind, prompt, token, token, column)
+                self._note(layer, block, kind, prompt, token, token, column)
             row, head, key = heads.nonzero(as_tuple=True)
-            self._note(layer, "head", prompt[row], token[row], key, heads[row, head, key], head)
+            self._note(layer, block, "head", prompt[row], token[row], key, heads[row, head, key], head)
             before.index_put_((prompt, token), through * own.sum(1), accumulate=True)
             before.index_put_((prompt[row], key), through[row] * heads[row, head, key], accumulate=True)
             reached[prompt[row], key] = True
@@ -232,6 +233,7 @@ class _Walk:
     def _note(
         self,
         layer: int,
+        block: str,
         kind: str,
         prompt: Tensor,
         query: Tensor,
@@ -246,6 +248,7 @@ class _Walk:
             {
                 "prompt": self.group.prompts[prompt[there].cpu()].numpy(),
                 "layer": layer,
+                "block": block,
                 "kind": kind,
                 "head": -1 if head is None else head[there].cpu().numpy(),
                 "query": query[there].cpu().numpy(),
