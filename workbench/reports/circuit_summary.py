@@ -68,6 +68,10 @@ def _patched(run: RunLike) -> list[Markup]:
                 places(best.to_frame().T).iloc[0], verb, number(best["recovery"]), _bounds(best),
             )
         )  # fmt: skip
+        least = 2.0 ** (1 - int(known["n"].max()))
+        if not count and least > 0.05 / len(known):
+            text = Markup("With {} pairs p cannot fall below {}, so that this says little; take 16 or more.")
+            parts.append(text.format(int(known["n"].max()), number(least)))
         if worst["recovery"] < -0.02:
             parts.append(
                 Markup("<b>{}</b> works against the task ({}{}).").format(
@@ -98,7 +102,8 @@ def _scored(run: RunLike) -> list[Markup]:
         )
     circuit = frame(run, "circuit_edges")
     if circuit is not None:
-        parts.append(Markup("Its circuit keeps {} edges.").format(f"{len(circuit):,}"))
+        which = "The circuit shown" if about.get("what") == "evaluate" else "Its circuit"
+        parts.append(Markup("{} keeps {} edges.").format(which, f"{len(circuit):,}"))
     return parts
 
 

@@ -192,6 +192,12 @@ def _intro(about: Mapping[str, Any]) -> str:
             }[str(about.get("form", "wang"))]
             told += f" Only the path from each part to {', '.join(about['receivers'])} is patched: {form}."
         return told
+    if what == "evaluate":
+        return (
+            "The model runs on the edges of a circuit alone; what enters everywhere else is replaced by "
+            f"{about.get('ablation') or 'that of the corrupt prompt'}. Circuits of all sizes are made from the scores, "
+            "by their size and by their sign, and stand beside random ones with as many edges between the same layers."
+        )
     return (
         "Scores are positive where a part helps the task, whatever the method. An edge is what one part writes, as "
         "read by one input of another; query heads and key/value heads are separate nodes."
@@ -208,6 +214,9 @@ def _tables(run: RunLike) -> Iterator[Cells]:
         scores = frame(run, name)
         if scores is not None:
             yield _scores_table(key, scores)
+    curve = frame(run, "faithfulness")
+    if curve is not None:
+        yield _curve_table(curve, frame(run, "random_circuits"))
     measures = frame(run, "measures")
     if measures is not None:
         yield _measures_table(measures)
@@ -258,10 +267,46 @@ def _scores_table(key: str, scores: pd.DataFrame) -> Cells:
     )  # fmt: skip
 
 
+_MEASURES = {
+    "cpr": "CPR",
+    "cmd": "CMD",
+    "auc_edges": "area under ROC, edges",
+    "auc_nodes": "area under ROC, nodes",
+    "stability_jaccard": "stability (Jaccard of edges)",
+}
+_RANKED = {"absolute": "by size", "signed": "by sign", "given": "as found"}
+
+
+def _curve_table(curve: pd.DataFrame, random: pd.DataFrame | None) -> Cells:
+    keys = ["method", "ranking", "fraction"]
+    beside = {}
+    if random is not None and set(keys) <= set(random.columns):
+        beside = {tuple(row[key] for key in keys): row for row in random.to_dict("records")}
+    lines = []
+    for row in curve.to_dict("records"):
+        drawn = beside.get(tuple(row.get(key) for key in keys))
+        bounds = interval(row["low"], row["high"])
+        lines.append(
+            (
+                f"{row['method']}, {_RANKED.get(str(row.get('ranking')), 'all')}",
+                f"{100 * row['fraction']:.3g} %",
+                number(row.get("edges"), places=0),
+                number(row["value"]) + (f" [{bounds}]" if bounds else ""),
+                "–" if drawn is None else f"{number(drawn['value'])} [{interval(drawn['low'], drawn['high'])}]",
+            )
+        )
+    return Cells(
+        "Faithfulness by size",
+        "Edges that are left after those that lead nowhere are dropped; of random circuits mean and full range.",
+        ("Circuit", "Share of edges", "Edges left", "Faithfulness [95 %]", "Random circuits [range]"),
+        tuple(lines),
+    )
+
+
 def _measures_table(measures: pd.DataFrame) -> Cells:
     lines = [
         (
-            str(row["method"]), readable(row["measure"]), number(row["value"], 3),
+            str(row["method"]), _MEASURES.get(str(row["measure"]), readable(row["measure"])), number(row["value"], 3),
             interval(row.get("low"), row.get("high"), 3) or "–", str(row.get("note") or ""),
         )
         for row in measures.to_dict("records")

@@ -211,8 +211,9 @@ def measures(made: Evaluation, one: Scores | Circuit, settings: EvaluationSettin
     if isinstance(one, Scores) and one.per_prompt is not None and len(one.per_prompt) > 1 and settings.resamples > 1:
         n = max(1, int(STABILITY_AT * one.graph.count))
         found = stability(one, n, settings.how, resamples=settings.resamples, seed=settings.seed).table().iloc[0]
+        empty = "no edge is left of it; " if not found["edges"] else ""
         note = (
-            f"{n} edges, {settings.resamples} resamples of the {one.n} prompts they were scored on; by chance "
+            f"{empty}{n} edges, {settings.resamples} resamples of the {one.n} prompts they were scored on; by chance "
             f"{found['by_chance']:.3f}; {'stable' if found['stable'] else 'not stable'} (pairs {found['pairwise']:.2f})"
         )
         method = next(point.method for point in made.points)
