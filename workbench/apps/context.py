@@ -8,15 +8,17 @@ from typing import Any
 
 from workbench.apps.address import Query
 from workbench.apps.library import RunLibrary
+from workbench.apps.live import Live
 from workbench.apps.settings import AppSettings
 
 
 @dataclass(frozen=True)
 class Context:
-    """Shared by all users: what is on disk, and the settings. Nothing of a user is kept here."""
+    """Shared by all users: what is on disk, the model at hand, the settings. Nothing of a user is kept here."""
 
     settings: AppSettings
     library: RunLibrary
+    live: Live
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from flask import Flask, Response, request
 from workbench.apps.address import Query, read_query
 from workbench.apps.context import Context, Page
 from workbench.apps.library import RunLibrary
+from workbench.apps.live import Live
 from workbench.apps.pages import PAGES
 from workbench.apps.settings import AppSettings
 from workbench.apps.shell import colours, frame, refusal
@@ -41,7 +42,7 @@ def create_app(settings: AppSettings, pages: Sequence[Page] = PAGES) -> Dash:
         add_log_handler=False,
         on_error=_told,
     )
-    context = Context(settings, RunLibrary(settings.runs))
+    context = Context(settings, RunLibrary(settings.runs), Live(settings))
     app.layout = frame(pages)
     _route(app, context, pages)
     _switch_scheme(app)

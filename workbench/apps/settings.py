@@ -10,19 +10,14 @@ from pathlib import Path
 class AppSettings:
     """Where runs lie, which model is at hand, and limits that keep one user from starving the others.
 
-    `model` is what `workbench.load` takes; without one, the pages that work live say so. `cache` is where background
-    work keeps its state (a temporary folder by default); `broker` is a Celery broker that runs it instead. `hosts` are
-    the names under which requests are answered.
+    `model` is what `workbench.load` takes; without one, the pages that work live say so. `hosts` are the names under
+    which requests are answered.
     """
 
     runs: Path
     model: str | None = None
     device: str | None = None
     dtype: str | None = None
-    cache: Path | None = None
-    broker: str | None = None
     hosts: tuple[str, ...] = ("127.0.0.1", "localhost")
     most_prompt_characters: int = 200_000
-    most_text_in_page: int = 20_000
-    most_rows: int = 5_000
     most_body_bytes: int = 4 << 20

@@ -1,6 +1,6 @@
 // Cells of tables: React makes text of whatever a run is called.
 var parts = (window.dashAgGridComponentFunctions = window.dashAgGridComponentFunctions || {});
-const pageOf = { pattern: "/pattern", circuits: "/circuits" };
+const pageOf = { trace: "/pattern", patch: "/circuits", attribute: "/circuits", discover: "/circuits", evaluate: "/circuits" };
 parts.RunLink = function (props) {
   const to = (pageOf[props.data.kind] || "/atlas") + "?run=" + encodeURIComponent(props.value);
   return props.data.status === "complete"

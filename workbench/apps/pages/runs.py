@@ -117,6 +117,7 @@ def _provenance(name: str, run: Run) -> Any:
 
 def _pages_of(name: str, run: Run) -> list[tuple[str, str]]:
     found = [("Atlas", link("/atlas", run=name))] if run.has_table("head_scores") else []
+    found += [("Circuits", link("/circuits", run=name))] if run.manifest.get("circuits") else []
     found += [(f"Pattern {one}", link("/pattern", run=name, pattern=one)) for one in stored_patterns(run)]
     return found
 
