@@ -249,13 +249,19 @@ def _register(app: Dash, context: Context) -> None:
         state = live.state(name)
         return _outcome(state, str(live.name), scheme == "dark"), state.get("status") not in _OPEN
 
+    _register_rest(app, context)
+
+
+def _register_rest(app: Dash, context: Context) -> None:
+    """Cancelling, the chosen set, the history."""
+
     @app.callback(
         Output("lab-cancel", "n_clicks"), Input("lab-cancel", "n_clicks"), State("lab-trial", "data"),
         prevent_initial_call=True,
     )  # fmt: skip
     def cancel(wanted: int | None, name: str | None) -> Any:
         if wanted and name and ctx.triggered_id == "lab-cancel":
-            live.cancel(name)
+            context.live.cancel(name)
         return no_update
 
     @app.callback(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 from flask import Blueprint, Response, jsonify, request
 from werkzeug.exceptions import HTTPException
@@ -28,75 +31,84 @@ def blueprint(library: RunLibrary) -> Blueprint:
     def failed(error: HTTPException) -> tuple[Response, int]:
         return jsonify(error=error.description), error.code or 500
 
-    @routes.get("/<run>/<name>/about")
-    def about(run: str, name: str) -> Response:
-        pattern = library.pattern(run, name)
-        tops = {how: library.computed(run, ("top", name, how), lambda how=how: automatic_top(pattern, how))  # type: ignore[misc]
-                for how in ("mean", "max")}  # fmt: skip
-        return jsonify(
-            head=pattern.name,
-            tokens=pattern.tokens,
-            levels=levels(pattern),
-            pixels=PIXELS,
-            base=pattern.base,
-            floor=FLOOR,
-            window=pattern.masking.window,
-            tops=tops,
-            strips=[strip for strip in STRIPS if strip in pattern.tensors],
-            spans=pattern.about.get("spans", []),
-        )
-
-    @routes.get("/<run>/<name>/tile/<int:level>/<int:row>/<int:column>.png")
-    def picture(run: str, name: str, level: int, row: int, column: int) -> Response:
-        look = Look(
-            request.args.get("how", "max"),
-            request.args.get("scale", "log"),
-            _number("top", 1.0),
-            request.args.get("dark") == "1",
-        )
-        pattern = library.pattern(run, name)
-        made = tile(pattern, level, row, column, look)
-        answer = Response(made, mimetype="image/png")
-        # The address says everything about a tile of a finished run but whether the run was made anew.
-        answer.headers["Cache-Control"] = "private, max-age=300"
-        return answer
-
-    @routes.get("/<run>/<name>/value")
-    def value(run: str, name: str) -> Response:
-        pattern = library.pattern(run, name)
-        row, key = _place("row", pattern), _place("key", pattern)
-        return jsonify(_value(library, run, pattern, row, key, _whole("level", 0, levels(pattern))))
-
-    @routes.get("/<run>/<name>/strip/<strip>")
-    def marginal(run: str, name: str, strip: str) -> Response:
-        pattern = library.pattern(run, name)
-        if strip not in STRIPS or strip not in pattern.tensors:
-            raise RequestError(f"There is no strip {strip[:40]!r}; choose from {', '.join(STRIPS)}.")
-        first, last = _whole("from", 0, pattern.tokens - 1), _whole("to", 1, pattern.tokens, pattern.tokens)
-        if first >= last:
-            raise RequestError(f"from={first} to={last}: a part of the tokens is needed.")
-        values = pattern.strip(strip, _whole("bins", 1, MOST_BINS, 512), slice(first, last))
-        return jsonify(values=[float(f"{one:.6g}") for one in values])
-
-    @routes.get("/<run>/<name>/tokens")
-    def tokens(run: str, name: str) -> Response:
-        pattern = library.pattern(run, name)
-        first = _whole("from", 0, pattern.tokens - 1)
-        last = min(pattern.tokens, first + _whole("count", 1, 512, _NEIGHBOURS))
-        return jsonify(first=first, tokens=_texts(library, run, first, last))
-
-    @routes.get("/<run>/<name>/next")
-    def following(run: str, name: str) -> Response:
-        pattern = library.pattern(run, name)
-        level = _number("above", 0.1)
-        if not 1e-4 <= level <= 1:
-            raise RequestError(f"above={level}: give a probability from 0.0001 to 1.")
-        found = pattern.next_high(_place("row", pattern), _place("key", pattern), level)
-        if found is None:
-            return jsonify(found=None)
-        return jsonify(found={"row": found[0], "key": found[1], "value": found[2]})
-
+    views: dict[str, Callable[..., Response]] = {
+        "about": _about,
+        "tile/<int:level>/<int:row>/<int:column>.png": _picture,
+        "value": _value_at,
+        "strip/<strip>": _marginal,
+        "tokens": _tokens,
+        "next": _following,
+    }
+    for path, view in views.items():
+        routes.add_url_rule(f"/<run>/<name>/{path}", view.__name__, partial(view, library))
     return routes
+
+
+def _about(library: RunLibrary, run: str, name: str) -> Response:
+    pattern = library.pattern(run, name)
+    tops = {
+        how: library.computed(run, ("top", name, how), partial(automatic_top, pattern, how)) for how in ("mean", "max")
+    }
+    return jsonify(
+        head=pattern.name,
+        tokens=pattern.tokens,
+        levels=levels(pattern),
+        pixels=PIXELS,
+        base=pattern.base,
+        floor=FLOOR,
+        window=pattern.masking.window,
+        tops=tops,
+        strips=[strip for strip in STRIPS if strip in pattern.tensors],
+        spans=pattern.about.get("spans", []),
+    )
+
+
+def _picture(library: RunLibrary, run: str, name: str, level: int, row: int, column: int) -> Response:
+    look = Look(
+        request.args.get("how", "max"),
+        request.args.get("scale", "log"),
+        _number("top", 1.0),
+        request.args.get("dark") == "1",
+    )
+    answer = Response(tile(library.pattern(run, name), level, row, column, look), mimetype="image/png")
+    # The address says everything about a tile of a finished run but whether the run was made anew.
+    answer.headers["Cache-Control"] = "private, max-age=300"
+    return answer
+
+
+def _value_at(library: RunLibrary, run: str, name: str) -> Response:
+    pattern = library.pattern(run, name)
+    row, key = _place("row", pattern), _place("key", pattern)
+    return jsonify(_value(library, run, pattern, row, key, _whole("level", 0, levels(pattern))))
+
+
+def _marginal(library: RunLibrary, run: str, name: str, strip: str) -> Response:
+    pattern = library.pattern(run, name)
+    if strip not in STRIPS or strip not in pattern.tensors:
+        raise RequestError(f"There is no strip {strip[:40]!r}; choose from {', '.join(STRIPS)}.")
+    first, last = _whole("from", 0, pattern.tokens - 1), _whole("to", 1, pattern.tokens, pattern.tokens)
+    if first >= last:
+        raise RequestError(f"from={first} to={last}: a part of the tokens is needed.")
+    values = pattern.strip(strip, _whole("bins", 1, MOST_BINS, 512), slice(first, last))
+    return jsonify(values=[float(f"{one:.6g}") for one in values])
+
+
+def _tokens(library: RunLibrary, run: str, name: str) -> Response:
+    pattern = library.pattern(run, name)
+    first = _whole("from", 0, pattern.tokens - 1)
+    last = min(pattern.tokens, first + _whole("count", 1, 512, _NEIGHBOURS))
+    return jsonify(first=first, tokens=_texts(library, run, first, last))
+
+
+def _following(library: RunLibrary, run: str, name: str) -> Response:
+    pattern = library.pattern(run, name)
+    level = _number("above", 0.1)
+    if not 1e-4 <= level <= 1:
+        raise RequestError(f"above={level}: give a probability from 0.0001 to 1.")
+    found = pattern.next_high(_place("row", pattern), _place("key", pattern), level)
+    if found is None:
+        return jsonify(found=None)
+    return jsonify(found={"row": found[0], "key": found[1], "value": found[2]})
 
 
 def _value(library: RunLibrary, run: str, pattern: StoredPattern, row: int, key: int, level: int) -> dict[str, object]:
