@@ -147,6 +147,8 @@ def test_refusals(llama, task) -> None:
     alone = ask(llama, [[5, 6]], [3])
     with pytest.raises(RequestError, match="without a foil"):
         direct_logit_attribution(llama, alone, of="difference")
+    with pytest.raises(RequestError, match="are one run"):
+        direct_logit_attribution(llama, alone, run="corrupt")
     with pytest.raises(RequestError, match="2 answers for 1 prompts"):
         ask(llama, [[5, 6]], [3, 4])
     with pytest.raises(RequestError, match="without a tokenizer"):

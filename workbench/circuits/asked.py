@@ -46,6 +46,8 @@ class Asked:
 def asked_of(task: PairTask | Asked, run: Run = "clean") -> Asked:
     """The clean or the corrupt prompts of a task; answers and foils are those of the clean ones."""
     if isinstance(task, Asked):
+        if run != "clean":
+            raise RequestError(f"run={run!r}: prompts of one's own are one run; ask the others apart.")
         return task
     if run not in ("clean", "corrupt"):
         raise RequestError(f"run={run!r} is no run of a task; choose 'clean' or 'corrupt'.")
