@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from workbench.circuits.attribution.rules import Attend
 from workbench.models import AttentionCall
 from workbench.models.architectures import rewritten
-from workbench.models.projections import PROJECTIONS
+from workbench.models.projections import PROJECTIONS, Projections
 from workbench.tracing import Model
 
 # `embed` and `final` are the stream before and after all layers, `mlp_in` the stream that an MLP reads.
@@ -143,16 +143,20 @@ def run(
     return found
 
 
+def projection_paths(row: Projections) -> tuple[str, ...]:
+    """The modules, within attention, that make q, k and v."""
+    return (row.query, row.key, row.value) if row.packing == "apart" else (row.query,)
+
+
 def _watch_projections(model: Model, found: Pass, stack: ExitStack) -> None:
     row = PROJECTIONS[model.spec.architecture]
-    paths = (row.query, row.key, row.value) if row.packing == "apart" else (row.query,)
     for modules in model.attachment.layers:
         outputs: list[Tensor] = []
         found.projected.append(outputs)
         if row.norm is not None:
             norm = modules.block.get_submodule(row.norm)
             stack.callback(norm.register_forward_hook(lambda _, args, output: found.normed.append(output)).remove)
-        for path in paths:
+        for path in projection_paths(row):
             module = modules.attention.get_submodule(path)
             stack.callback(module.register_forward_hook(_keeping(outputs)).remove)
 

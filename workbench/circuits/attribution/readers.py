@@ -15,18 +15,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from workbench.circuits.attribution.passes import Gradients, Part, Pass
+from workbench.circuits.attribution.passes import Gradients, Part, Pass, projection_paths
 from workbench.circuits.attribution.rules import norm_parts
 from workbench.models import LayerSpec
 from workbench.models.projections import PROJECTIONS, Projections
 from workbench.tracing import Model
 
 _QKV: tuple[Part, ...] = ("q", "k", "v")
-
-
-def projection_paths(row: Projections) -> tuple[str, ...]:
-    """The modules, within attention, that make q, k and v."""
-    return (row.query, row.key, row.value) if row.packing == "apart" else (row.query,)
 
 
 def head_forks(
