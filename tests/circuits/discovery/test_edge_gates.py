@@ -13,7 +13,7 @@ from workbench.errors import RequestError
 
 
 def test_edge_pruning_finds_a_compiled_program_from_three_seeds() -> None:
-    truth = compiled("frac_prevs", count=12)
+    truth = compiled("frac_prevs")
     found = [
         discover(
             truth.model, truth.task, "edge pruning", ablation="zero", target=1 - len(truth.edges) / 23, steps=200,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,12 @@ import torch
 from workbench.circuits.discovery import concrete, discover
 from workbench.circuits.discovery.gated import prepare
 from workbench.circuits.discovery.probing import subnetwork_probing
+from workbench.circuits.forks import replacement
+from workbench.circuits.graph import Graph
 from workbench.circuits.recorded import Recorded
 from workbench.dynamics import GroundTruth, handwritten_pairs, negative_head
 from workbench.errors import RequestError
+from workbench.models.architectures import output_weight
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +97,21 @@ def test_gated_runs_are_the_models_own(model_named, make_pairs, name: str) -> No
                 expected = logits[one.group.prompts].repeat(2, 1)
                 # What the corrupt run had is seen, once it is put in place.
                 assert torch.allclose(found, expected, atol=2e-4) == (same or number == 0)
+
+
+@pytest.mark.parametrize("referenced", [False, True])
+@pytest.mark.parametrize("ablation", ["patching", "mean", "zero"])
+def test_nodes_and_edges_are_replaced_by_the_same(llama, task, ablation: str, referenced: bool) -> None:
+    """z through the output projection is what the forked runs put in place of a head's write."""
+    chosen = replace(task, references=task.clean) if referenced else task
+    weights = [output_weight(one, spec) for one, spec in zip(llama.attachment.layers, llama.spec.layers, strict=True)]
+    for one in prepare(llama, chosen, ("z", "mlp_out"), ablation=ablation):
+        expected = replacement(llama, chosen, one.group, ablation)
+        for layer, places in enumerate(Graph.of(llama).layers):
+            written = torch.einsum("pthc,hcd->hptd", one.instead(ablation, "z", layer), weights[layer].detach())
+            assert torch.allclose(written, expected[places.heads].detach().expand_as(written), atol=1e-4)
+            mlp = one.instead(ablation, "mlp_out", layer)
+            assert torch.allclose(mlp, expected[places.mlp_out.start].expand_as(mlp), atol=1e-4)
 
 
 def test_head_gating_sorts_heads_into_three_kinds(induction: GroundTruth) -> None:
