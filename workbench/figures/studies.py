@@ -23,15 +23,20 @@ def point_chart(
     *,
     value: str,
     label: str,
-    group: str | None = None,
+    group: str | list[str] | None = None,
     title: str = "",
     control: bool = False,
     dark: bool = False,
 ) -> go.Figure:
     """A point with its interval (`low`, `high`) for each row: one line a `label`, coloured by `group`.
 
+    A group of several columns is named by all of them.
     With `control`, the range of random draws (`control_low`, `control_high`) stands behind it as a bar.
     """
+    if isinstance(group, list):
+        need(rows, group)
+        rows = rows.assign(**{" ": rows[group].astype(str).agg(" ".join, axis=1)})
+        group = " "
     need(rows, [value, label, "low", "high", *([group] if group else []), *(_CONTROL if control else [])])
     colours, labels = palette(dark), list(dict.fromkeys(map(str, rows[label])))
     groups = list(dict.fromkeys(map(str, rows[group]))) if group else [""]
@@ -43,7 +48,9 @@ def point_chart(
         y = part[label].astype(str).map(place) + 0.7 * ((len(groups) - 1) / 2 - index) / max(len(groups), 1)
         if control:
             figure.add_trace(_ranges(part, y, colours, index == 0))
-        figure.add_trace(_points(part, y, value, label, safe(f"{group} {name}" if group else title), index, colours))
+        figure.add_trace(
+            _points(part, y, value, label, safe(f"{group} {name}".strip() if group else title), index, colours)
+        )
     figure.add_vline(x=0, line={"color": colours.control, "width": 1}, layer="below")
     figure.update_layout(
         height=max(190, _ROW_PIXELS * len(labels) * max(len(groups), 2) + 110),
@@ -70,11 +77,13 @@ def dose_lines(
     x_title: str = "",
     y_title: str = "",
     band: str = "range of random draws",
+    log_x: bool = False,
     dark: bool = False,
 ) -> go.Figure:
     """Lines of `value` over `x`, one a `group` with its intervals; the controls' range as a band of the same colour.
 
-    Where all groups have the same controls there is one band, in grey. `band` says what it is.
+    Where all groups have the same controls there is one band, in grey. `band` says what it is. `log_x` is for doses
+    that grow by factors.
     """
     need(rows, [x, value, group, "low", "high", *_CONTROL])
     shared = not rows[[x, *_CONTROL]].drop_duplicates().duplicated(x).any() and rows[group].nunique() > 1
@@ -106,9 +115,12 @@ def dose_lines(
     figure.update_layout(
         height=400,
         margin={"l": 70, "r": 20, "t": 70, "b": 56},
-        xaxis={"title": {"text": safe(x_title or x)}, "fixedrange": True},
+        xaxis={
+            "title": {"text": safe(x_title or x)}, "fixedrange": True,
+            **({"type": "log", "tickvals": sorted(set(rows[x]))} if log_x else {}),
+        },
         yaxis={"title": {"text": safe(y_title or value)}, "fixedrange": True},
-    )
+    )  # fmt: skip
     bands = f"{'the band is the' if shared else 'bands are the'} {band}"
     return with_caption(
         figure,

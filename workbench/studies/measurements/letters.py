@@ -7,6 +7,7 @@ Lieberum et al. 2023 (arXiv 2307.09458) found heads in Chinchilla that attend to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import numpy as np
@@ -140,7 +141,15 @@ def _ranked(found: Prepared, rank: int, values: Array, drawn: list[Array], seed:
     clean, nothing = (found.task.score(one).double().numpy() for one in (found.clean, found.corrupt))
     gap = float(clean.mean() - nothing.mean())
     rows = []
-    for measure, of in (("share of the metric", lambda x: (x - clean) / gap + 1), ("right", lambda x: (x > 0) * 1.0)):
+
+    def share(of: Array) -> Array:
+        return (of - clean) / gap + 1
+
+    def right(of: Array) -> Array:
+        return (of > 0).astype(np.float64)
+
+    measures: dict[str, Callable[[Array], Array]] = {"share of the metric": share, "right": right}
+    for measure, of in measures.items():
         random = [float(of(one).mean()) for one in drawn]
         rows.append(
             {

@@ -140,7 +140,7 @@ def _with_one(x: Array) -> Array:
 
 
 def _solve(x: Array, y: Array) -> Array:
-    found: Array = np.linalg.lstsq(x, y, rcond=None)[0]
+    found: Array = np.asarray(np.linalg.lstsq(x, y, rcond=None)[0], dtype=np.float64)
     return found
 
 
@@ -151,6 +151,7 @@ def _last_layer(bench: Bench, asked: Recall, task: PairTask) -> dict[str, pd.Dat
     other heads of the layer, and prose is read under the same edits.
     """
     model = bench.model
+    assert model.tokenizer is not None
     lens = logit_lens(model, task, middle=True, seed=asked.seed)
     path = pd.DataFrame(
         [

@@ -7,8 +7,9 @@ continuation by its distance from the year.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -74,7 +75,10 @@ def _routes(model: Model, task: PairTask, readers: list[Head], asked: Years) -> 
     heads = sorted({head for one in sets for head in one})
     ends = [Spot(layer, "mlp_out", None, "END") for layer in range(min(h.layer for h in heads), model.spec.n_layers)]
     rows = []
-    for route, receivers in (("to the logits", "logits"), ("through MLPs", ends)):
+    ways: tuple[tuple[str, Sequence[Spot] | Literal["logits"]], ...] = (
+        ("to the logits", "logits"), ("through MLPs", ends),
+    )  # fmt: skip
+    for route, receivers in ways:
         effects = patch_paths(
             model,
             task,
@@ -82,7 +86,7 @@ def _routes(model: Model, task: PairTask, readers: list[Head], asked: Years) -> 
             receivers,
             form="strict",
             at="END",
-            direction="noising",  # type: ignore[arg-type]
+            direction="noising",
         )
         own = effects.effect("noising")
         summed: Array = np.stack([own[[heads.index(head) for head in one]].sum(0) for one in sets])
