@@ -13,10 +13,11 @@ from workbench.errors import RequestError
 
 
 def test_edge_pruning_finds_a_compiled_program_from_three_seeds() -> None:
-    truth = compiled("frac_prevs")
+    truth = compiled("frac_prevs", count=30)
+    task = truth.task.select(range(16))
     found = [
         discover(
-            truth.model, truth.task, "edge pruning", ablation="zero", target=1 - len(truth.edges) / 23, steps=200,
+            truth.model, task, "edge pruning", ablation="zero", target=1 - len(truth.edges) / 23, steps=150,
             rate=0.2, multiplier_rate=0.2, seed=seed,
         )
         for seed in range(3)
@@ -28,8 +29,10 @@ def test_edge_pruning_finds_a_compiled_program_from_three_seeds() -> None:
         assert one.tensors["loss"].mean() < 1e-3
         # The target was met by training, and not by the threshold alone.
         assert one.log.sparsity.iloc[-1] == pytest.approx(1 - len(truth.edges) / 23, abs=0.05)
+        # Two edges whose loss costs 1e-4 may be shut and still rank above the idle ones.
         gates = np.nan_to_num(one.edges)
-        assert (gates[one.circuit.kept] > 0.5).mean() > 0.7
+        assert (gates[one.circuit.kept] > 0.9).sum() >= 3
+        assert gates[~one.circuit.kept].max() < 0.1
     circuits = [set(one.circuit.edges) for one in found if one.circuit is not None]
     assert all(len(a & b) > 0.9 * len(a | b) for a in circuits for b in circuits)
 
