@@ -130,3 +130,43 @@ def test_tasks_are_listed_and_measured(call, model_folder):
     assert measured.exit_code == 0, measured.output
     # Random weights know nothing; a tokenizer without names says what it lacks.
     assert "%" in measured.stdout and "as single tokens" in measured.stdout
+
+
+def test_a_run_is_shown_again(call, patch_run):
+    result = call("runs", "show", patch_run[0])
+    assert result.exit_code == 0, result.output
+    assert "What is restored" in result.stdout and "4 pairs, logit difference" in result.stdout
+
+
+class Stopping:
+    """Interrupts before a step, once; notes what was kept."""
+
+    def __init__(self, at: str | None) -> None:
+        self.at = at
+        self.kept: dict[str, bool] = {}
+
+    def step(self, name: str, title: str, kept: bool) -> None:
+        self.kept[name] = kept
+        if name == self.at:
+            raise KeyboardInterrupt
+
+    def advance(self, done: int, total: int) -> None:
+        return None
+
+
+def test_an_interrupted_run_goes_on_with_the_other_direction(patch_run, model_folder, tmp_path):
+    from workbench.studies.pairs import find_pairs
+    from workbench.studies.patches import PatchSettings
+    from workbench.studies.patches import patch_run as run_patches
+    from workbench.tracing import load
+
+    model, settings = load(model_folder), PatchSettings()
+    task = find_pairs(model, "lag_induction", 4)
+    with pytest.raises(KeyboardInterrupt):
+        run_patches(model, task, tmp_path / "run", settings=settings, reporter=Stopping("patch:z:noising"))
+    again = Stopping(None)
+    run = run_patches(model, task, tmp_path / "run", settings=settings, reporter=again)
+    assert again.kept == {"baseline": True, "patch:z:denoising": True, "patch:z:noising": False}
+    whole = Run.open(patch_run[0]).table("effects").query("site == 'z'").reset_index(drop=True)
+    assert np.allclose(run.table("effects")["effect"], whole["effect"], atol=1e-6)
+    assert list(run.table("effects")["direction"]) == list(whole["direction"])

@@ -116,5 +116,10 @@ def test_scores_have_a_map_a_graph_and_a_table(patch: Any) -> None:
     run = replace(patch, manifest=patch.manifest | {"circuits": about}, frames={"edge_scores": edges})
     content = build(run)
     assert {"scores", "graph"} <= set(content.figures)
-    assert "EAP scores <b>L0H1 → logits</b> highest (−0.75" in str(content.texts["summary"])
-    assert "Strongest edges" in render(run)
+    assert "EAP gives <b>L0H1 → logits</b> the largest score (−0.75" in str(content.texts["summary"])
+    assert (
+        "Strongest edges" in render(run) and "Sum of the outgoing" in content.figures["scores"]["node-map"]["caption"]
+    )
+    nodes = pd.DataFrame({"node": ["embed", "L0H1"], "score": [0.5, -0.75], "low": [0.4, -0.8], "high": [0.6, -0.7]})
+    scored = build(replace(run, frames={"node_scores": nodes}))
+    assert "Score of the node" in scored.figures["scores"]["node-map"]["caption"] and "graph" not in scored.figures

@@ -47,10 +47,13 @@ def register(app: typer.Typer) -> None:
     app.command(name="evaluate", cls=Command)(evaluate)
 
 
+Sources = Annotated[
+    list[Path], typer.Argument(metavar="RUN...", help="Runs of attribute or discover, or JSON files as MIB's.")
+]
+
+
 def evaluate(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Runs of attribute or discover, or JSON files as MIB's.")
-    ],
+    runs: Sources,
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The model. [default: that of the first run]")
     ] = None,

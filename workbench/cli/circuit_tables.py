@@ -171,3 +171,14 @@ def show_evaluation(session: Session, run: Run) -> None:
         )
     if not run.manifest["circuits"].get("compared"):
         session.say("No circuit of this task is known in this very model, so that there is no ROC curve.")
+
+
+def show_circuits(session: Session, run: Run) -> None:
+    """Whatever a run about circuits found."""
+    tell_pairs(session, run)
+    if run.has_table("effects"):
+        show_effects(session, run)
+    if run.has_table("faithfulness"):
+        show_evaluation(session, run)
+    else:
+        show_scores(session, run)

@@ -97,42 +97,48 @@ def _measured(session: Session, model: Model, pairs: int | None, seed: int) -> d
     return found
 
 
+Site = Annotated[str | None, typer.Option(metavar="A,B", help=f"Where to patch: {', '.join(SITES)}. [default: z]")]
+By = Annotated[
+    ByName | None, typer.Option(help="One patch for each of these. [default: head; of the residual stream, position]")
+]
+Direction = Annotated[
+    DirectionName,
+    typer.Option(help="Clean into corrupt (denoising: sufficient), corrupt into clean (noising: necessary)."),
+]
+Positions = Annotated[
+    str | None,
+    typer.Option(
+        metavar="S2,END|0,1|all",
+        help="Roles of the task, or tokens. [default: the roles where prompts differ in shape, else all]",
+    ),
+]
+Layers = Annotated[str | None, typer.Option(metavar="0-5,8", help="Only these layers. [default: all]")]
+Paths = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RECEIVERS", help="Instead, paths from every head and MLP to these: logits, or L9H6.q,L5KV1.v,L7.mlp."
+    ),
+]
+Form = Annotated[
+    FormName, typer.Option(help="With --paths: MLPs on the way are recomputed (wang), or nothing is (strict).")
+]
+Apart = Annotated[bool, typer.Option("--apart", help="With --paths: each receiver by itself.")]
+
+
 @app.command(name="patch", cls=Command)
 def patch(
     model: options.Model,
     task: Task,
     pairs: Pairs = None,
-    site: Annotated[
-        str | None, typer.Option(metavar="A,B", help=f"Where to patch: {', '.join(SITES)}. [default: z]")
-    ] = None,
-    by: Annotated[
-        ByName | None,
-        typer.Option(help="One patch for each of these. [default: head; of the residual stream, position]"),
-    ] = None,
-    direction: Annotated[
-        DirectionName,
-        typer.Option(help="Clean into corrupt (denoising: sufficient), corrupt into clean (noising: necessary)."),
-    ] = DirectionName.both,
-    positions: Annotated[
-        str | None,
-        typer.Option(
-            metavar="S2,END|0,1|all",
-            help="Roles of the task, or tokens. [default: the roles where prompts differ in shape, else all]",
-        ),
-    ] = None,
-    layers: Annotated[str | None, typer.Option(metavar="0-5,8", help="Only these layers. [default: all]")] = None,
+    site: Site = None,
+    by: By = None,
+    direction: Direction = DirectionName.both,
+    positions: Positions = None,
+    layers: Layers = None,
     metric: Metric = None,
-    paths: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RECEIVERS",
-            help="Instead, paths from every head and MLP to these: logits, or L9H6.q,L5KV1.v,L7.mlp.",
-        ),
-    ] = None,
-    form: Annotated[
-        FormName, typer.Option(help="With --paths: MLPs on the way are recomputed (wang), or nothing is (strict).")
-    ] = FormName.wang,
-    apart: Annotated[bool, typer.Option("--apart", help="With --paths: each receiver by itself.")] = False,
+    paths: Paths = None,
+    form: Form = FormName.wang,
+    apart: Apart = False,
     seed: options.Seed = 0,
     out: options.Out = None,
     overwrite: options.Overwrite = False,
@@ -150,37 +156,40 @@ def patch(
     if paths is None and apart:
         raise RequestError("--apart is about receivers of paths; name them with --paths, or leave it out.")
     sites = options.names("--site", site, "z,mlp_out") or ("z",)
-    only = _layers(layers)
-    path = out or default_run(
-        "patch", model, task, pairs, sites, by, direction, positions, only, metric, paths, form, apart, seed, dtype,
-        device,
-    )  # fmt: skip
+    asked: dict[str, Any] = {
+        "sites": sites,
+        "by": _axis(by, sites),
+        "direction": direction.value,
+        "metric": None if metric is None else metric.value,
+        "positions": options.names("--positions", positions, "S2,END"),
+        "layers": _layers(layers),
+        "receivers": options.names("--paths", paths, "L9H6.q,L5KV1.v") or (),
+        "form": form.value,
+        "apart": apart,
+        "seed": seed,
+    }
+    path = out or default_run("patch", model, task, pairs, *asked.items(), dtype, device)
     session.writes(path, overwrite=overwrite)
-    with session.err.status("importing"):
-        session.silence_transformers()
-        from workbench.studies.pairs import check_task
-        from workbench.studies.patches import PatchSettings
-
-        check_task(task, None if metric is None else metric.value)
-        settings = PatchSettings(
-            sites=sites,
-            by=_axis(by, sites),
-            direction=direction.value,
-            metric=None if metric is None else metric.value,
-            positions=options.names("--positions", positions, "S2,END"),
-            layers=only,
-            receivers=options.names("--paths", paths, "L9H6.q,L5KV1.v") or (),
-            form=form.value,
-            apart=apart,
-            seed=seed,
-        )
-        settings.check()
+    settings = _settings(session, task, asked)
     with attached(session, model, dtype, device) as loaded:
         run = _patched(session, loaded, path, settings, (task, pairs, seed), overwrite)
     tell_pairs(session, run)
     show_effects(session, run)
     tell_run(session, path)
     tell_next(session, run, model, task)
+
+
+def _settings(session: Session, task: str, asked: dict[str, Any]) -> PatchSettings:
+    """What is asked, checked as far as it can be without a model."""
+    with session.err.status("importing"):
+        session.silence_transformers()
+        from workbench.studies.pairs import check_task
+        from workbench.studies.patches import PatchSettings
+
+        check_task(task, asked["metric"])
+        settings = PatchSettings(**asked)
+        settings.check()
+    return settings
 
 
 def _axis(by: ByName | None, sites: tuple[str, ...]) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from workbench.cli import options
+from workbench.cli.circuit_tables import show_circuits
 from workbench.cli.session import Command, Session, current_session
 from workbench.cli.tables import estimate, plain, show_certificate, show_facts, show_findings, show_table, table
 
@@ -76,6 +77,8 @@ def show(
     _show_manifest(session, found)
     show_certificate(session, found.manifest.get("certificate", {}))
     show_findings(session, found)
+    if found.manifest.get("circuits"):
+        show_circuits(session, found)
 
 
 @app.command(name="compare", cls=Command)

@@ -96,7 +96,7 @@ def _scored(run: RunLike) -> list[Markup]:
         through = f".{best['through']}" if best.get("through") else ""
         name = f"{best['source']} → {best['target']}{through}" if key == "edge" else str(best["node"])
         parts.append(
-            Markup("Of {} {}s, {} scores <b>{}</b> highest ({}{}).").format(
+            Markup("Of {} {}s, {} gives <b>{}</b> the largest score ({}{}).").format(
                 f"{len(scores):,}", key, about.get("method", "the method"), name, signed(best["score"]), _bounds(best)
             )
         )

@@ -94,7 +94,7 @@ def circuit_charts(run: RunLike) -> Iterator[Plan]:
     if curve is not None:
         yield "faithfulness", "faithfulness", partial(_faithfulness, curve, about, frame(run, "random_circuits"))
     if nodes is not None and nodes["node"].nunique() > 1:
-        yield "scores", "node-map", partial(_nodes, nodes, about)
+        yield "scores", "node-map", partial(_nodes, nodes, about, "score of the node")
     elif edges is not None:
         yield "scores", "node-map", partial(_nodes, outgoing(edges), about, "sum of the outgoing edges' scores")
     circuit = frame(run, "circuit_edges")
@@ -145,7 +145,7 @@ def _faithfulness(curve: pd.DataFrame, about: Mapping[str, Any], random: pd.Data
     return faithfulness_curve(curve, about, random=random, dark=dark)
 
 
-def _nodes(nodes: pd.DataFrame, about: Mapping[str, Any], of: str = "score of the node", dark: bool = False) -> Any:
+def _nodes(nodes: pd.DataFrame, about: Mapping[str, Any], of: str, dark: bool) -> Any:
     return score_map(nodes, about, of=of, dark=dark)
 
 

@@ -90,9 +90,9 @@ def search_run(
     settings, told = settings or SearchSettings(), reporter or Silent()
     settings.check()
     stated = settings.stated(task)
-    title = f"{settings.method} of {task.name} in {model.source.name}"
+    title = f"Parts that do {task.name} in {model.source.name}: {settings.method}"
     with RunWriter.open(
-        path, kind=settings.kind, title=title[:1].upper() + title[1:], overwrite=overwrite, command=command,
+        path, kind=settings.kind, title=title, overwrite=overwrite, command=command,
         fingerprint={"model": model_facts(model), "settings": stated, "pairs": task.hash, "kind": settings.kind},
     ) as writer:  # fmt: skip
         describe(writer, model, task, stated)
