@@ -21,7 +21,7 @@ def test_runs_are_listed_searched_and_explained(visit):
     page = visit("/")
     page.wait_for_selector(".ag-row")
     names = page.locator(".ag-row [col-id=name]").all_text_contents()
-    assert set(names) == {"needle", "nasty <b>&'"}
+    assert set(names) == {"needle", "nasty <b>&'", "scores", "scores-again", "patches"}
     page.fill("#runs-search", "needle")
     page.until("document.querySelectorAll('.ag-center-cols-container .ag-row').length === 1")
     page.click(".ag-center-cols-container .ag-row [col-id=title]")

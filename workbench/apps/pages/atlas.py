@@ -243,7 +243,9 @@ def _register_choice(app: Dash, view_of: Any, controls: list[State]) -> None:
         if ctx.triggered_id == "atlas-scatter" and brushed:
             return {"ids": [str(point["customdata"][0]) for point in brushed["points"]]}
         if ctx.triggered_id == "atlas-map-graph" and clicked:
-            name = str(clicked["points"][0]["customdata"][0])
+            # Maps have a layer a row and a head a column.
+            point = clicked["points"][0]
+            name = f"L{int(point['y'])}H{int(point['x'])}"
             names = _names(rows)
             return {"ids": [one for one in names if one != name] if name in names else [*names, name]}
         return no_update

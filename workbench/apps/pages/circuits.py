@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import unescape
 from typing import Any
 
 import dash_cytoscape as cyto
@@ -230,16 +231,20 @@ def _register(app: Dash, context: Context) -> None:
         Output("shown-query", "data", allow_duplicate=True),
         Output("circuits-cell", "children"),
         Input({"circuit": ALL}, "clickData"),
+        State({"circuit": ALL}, "figure"),
         State("circuits-run", "value"),
         prevent_initial_call=True,
     )
-    def look(clicks: list[Any], run: str | None) -> Any:
-        fired = next((one["value"] for one in ctx.triggered if one["value"]), None)
-        told = fired["points"][0].get("customdata") if fired else None
-        if not run or not isinstance(told, list) or not isinstance(told[0], str):
+    def look(clicks: list[Any], figures: list[Any], run: str | None) -> Any:
+        cells = [
+            _clicked(figure, click["points"][0])
+            for click, figure, one in zip(clicks, figures, ctx.inputs_list[0], strict=True)
+            if click and ctx.triggered_id == one["id"]
+        ]
+        if not run or not any(cells):
             return (no_update,) * 3
-        query = to_query({"run": run, "cell": told[0]})
-        return query, "/circuits" + query, _cell(context, run, told[0])
+        query = to_query({"run": run, "cell": cells[0]})
+        return query, "/circuits" + query, _cell(context, run, str(cells[0]))
 
     @app.callback(
         Output("circuits-node", "children"), Input("circuits-graph", "tapNodeData"), prevent_initial_call=True
@@ -247,6 +252,16 @@ def _register(app: Dash, context: Context) -> None:
     def node(data: dict[str, Any] | None) -> Any:
         name = str((data or {}).get("id", ""))
         return [dcc.Link(f"Head card of {name}", href=link("/head", head=name))] if "H" in name else name
+
+
+def _clicked(figure: dict[str, Any], point: dict[str, Any]) -> str | None:
+    """What a cell of a map is called; events of maps do not carry it."""
+    trace = figure["data"][int(point.get("curveNumber", 0))]
+    if trace.get("type") != "heatmap" or "customdata" not in trace:
+        return None
+    row, column = (int(point[axis]) for axis in "yx")
+    name: str = unescape(trace["customdata"][row][column][0])
+    return name
 
 
 PAGE = Page("/circuits", "Circuits", "Patches, scores and graphs of circuits", _layout, _register)
