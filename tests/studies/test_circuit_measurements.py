@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import workbench
-from workbench.circuits import LogitAttribution
+from workbench.circuits import AutoencoderSettings, DiscreteCircuit, LogitAttribution
+from workbench.circuits.codes import node_scores
 from workbench.dynamics import copying, linear_network
 from workbench.errors import RequestError
 from workbench.models import Head
@@ -142,3 +143,18 @@ def test_regressions_find_a_planted_gain() -> None:
 def test_years_are_refused_of_another_task(planted) -> None:
     with pytest.raises(RequestError, match="year_circuit is about greater_than"):
         run("year_circuit", Bench(planted.model), task="ioi")
+
+
+def test_codes_that_only_positives_have_name_the_planted_heads() -> None:
+    rng, positive = np.random.default_rng(0), np.arange(60) < 30
+    codes = rng.integers(0, 5, size=(1, 60, 20))
+    # Planted heads have other codes in each class; the rest the same ones in both.
+    codes[:, positive, :3] += 5
+    scores = np.stack([node_scores(one, positive) for one in codes])
+    heads = tuple(Head(at // 10, at % 10) for at in range(20))
+    circuit = DiscreteCircuit("", heads, codes, positive, scores, np.zeros((1, 20, 20)), AutoencoderSettings(), 0)
+    true = np.arange(20) < 3
+    apart, recovered = np.where(true, 2.0, 1.0), np.where(true, 0.5, 0.0)
+    rows = found._against(circuit, apart, true, recovered, found.Codes(shuffles=10)).set_index("method")
+    assert rows.loc["discrete codes", "area"] == 1.0 and rows.loc["means apart", "area"] == 1.0
+    assert rows.loc["discrete codes", "control"] < 1.0

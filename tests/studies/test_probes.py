@@ -20,7 +20,8 @@ NAMES = sorted(path.parent.name for path in PROBES.glob("*/study.toml"))
 WANTED = {
     "retrieval-heads-explain-factuality", "attention-sink-emerges", "active-dormant", "hidden-sinks", "inactive-heads",
     "razor-echo-induction", "semantic-retrieval", "attention-influence", "head-patterns", "ablation-forms",
-    "detector-agreement",
+    "detector-agreement", "component-reuse", "factual-recall", "greater-than", "ioi", "mcqa-letters", "saturation",
+    "discrete-sae-circuits",
 }  # fmt: skip
 SECTIONS = ("## Question", "## Method", "## Run it", "## Result", "## Limits")
 

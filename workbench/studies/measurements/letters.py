@@ -143,7 +143,8 @@ def _ranked(found: Prepared, rank: int, values: Array, drawn: list[Array], seed:
     rows = []
 
     def share(of: Array) -> Array:
-        return (of - clean) / gap + 1
+        left: Array = np.asarray((of - clean) / gap + 1, dtype=np.float64)
+        return left
 
     def right(of: Array) -> Array:
         return (of > 0).astype(np.float64)
