@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+import pydoc_data.topics
 import random
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 SEED = 20240229
+# Tokens of the tiny model's tokenizer.
+VOCABULARY = 5000
 
 # Read once, on the first import of huggingface_hub; a test must never wait for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -96,3 +99,46 @@ def trained():
         return train_induction(seed=23)
     finally:
         torch.set_num_threads(threads)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Byte-level pairs, learnt from pydoc's topics; one special token that begins and ends texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    topics = sorted(pydoc_data.topics.topics.items())
+    tokenizer.train_from_iterator([text for _, text in topics], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>")
+    fast.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A two-layer Llama with random weights; its name holds what rich would read as markup."""
+    from workbench.models.testing import build
+
+    folder = tmp_path_factory.mktemp("models") / "tiny[red]"
+    model = build(
+        "llama",
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=3,
+        max_position_embeddings=512,
+        eos_token_id=0,
+        bos_token_id=0,
+    )
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return str(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,13 @@ def serving(settings: AppSettings) -> Iterator[str]:
         server.close()
         server.task_dispatcher.shutdown()
         thread.join(5)
+
+
+@pytest.fixture
+def serve_app() -> Iterator[Callable[[AppSettings], str]]:
+    """`serve_app(settings)`: the address of another app, which ends with the test."""
+    with ExitStack() as stack:
+        yield lambda settings: stack.enter_context(serving(settings))
 
 
 @pytest.fixture(scope="session")

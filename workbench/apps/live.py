@@ -64,9 +64,7 @@ class Live:
     def submit(self, asked: Mapping[str, Any], work: Work) -> str:
         """Queue a trial; the identifier that its page asks by. `asked` is kept with the outcome."""
         if self.name is None:
-            raise RequestError(
-                "This dashboard has no model; start it with `workbench serve RUNS --model smollm2-135m`."
-            )
+            raise RequestError("There is no model here; start with `workbench serve RUNS --model smollm2-135m`.")
         with self._lock:
             waiting = [job for job in self._jobs.values() if job.future is not None and not job.future.done()]
             if len(waiting) >= MOST_WAITING:

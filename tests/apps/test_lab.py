@@ -1,0 +1,164 @@
+"""The ablation lab: trials run one after the other, are kept, cancelled, refused, and shown on the page."""
+
+from __future__ import annotations
+
+import threading
+import time
+import tomllib
+
+import numpy as np
+import pytest
+
+from workbench.apps.live import MOST_WAITING, Live
+from workbench.apps.settings import AppSettings
+from workbench.apps.trials import Trial, read_trial, run_trial
+from workbench.errors import RequestError
+
+
+@pytest.fixture(scope="module")
+def model(model_folder):
+    from workbench import load
+
+    model = load(model_folder)
+    yield model
+    model.detach()
+
+
+def quiet(done, total):
+    """Nobody watches."""
+
+
+def wait_for(live, name, *states):
+    ends = time.monotonic() + 60
+    while (state := live.state(name))["status"] not in states:
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+    return state
+
+
+def test_a_prompt_is_measured_intact_and_ablated(model):
+    trial = Trial(("L0H0", "L1H3"), how="zero", prompt="The class statement defines", new_tokens=5)
+    found = run_trial(model, trial, quiet)["prompt"]
+    batch = model.batch(trial.prompt)
+    intact = model.trace(batch, loss=True, logits="last")
+    expected = intact.logits[0, -1].softmax(-1).topk(10)
+    assert [one["id"] for one in found["before"]["next"]] == expected.indices.tolist()
+    assert np.allclose([one["p"] for one in found["before"]["next"]], expected.values.numpy(), atol=1e-6)
+    assert np.allclose(found["before"]["loss"], intact.loss[0].numpy(), atol=1e-6)
+    assert len(found["before"]["loss"]) == len(found["tokens"]) - 1
+    assert found["before"]["loss"] != found["after"]["loss"]
+    assert found["before"]["new"] == [
+        model.tokenizer.decode([i]) for i in model.generate(batch, max_new_tokens=5).ids[0].tolist() if i >= 0
+    ]
+
+
+def test_a_probe_is_compared_with_random_heads(model):
+    rows = run_trial(model, Trial(("L0H1",), how="zero", probe="induction"), quiet)["probe"]
+    assert rows[0]["metric"] == "induction_loss" and rows[0]["draws"] == 10
+    assert rows[0]["control_low"] <= rows[0]["control_effect"] <= rows[0]["control_high"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"heads": ""}, "No heads"),
+        ({"heads": "L1H2"}, "nothing to measure"),
+        ({"heads": "nonsense", "probe": "induction"}, "names no head"),
+        ({"heads": "L1H2", "probe": "magic"}, "choose one of"),
+        ({"heads": "L1H2", "probe": "induction", "how": "vaporise"}, "no ablation"),
+        ({"heads": "L1H2", "prompt": "x", "how": "resample"}, "cannot be shown on one prompt"),
+        ({"heads": "L1H2", "prompt": "x", "new_tokens": "9999"}, "new_tokens=9999"),
+        ({"heads": "L1H2", "prompt": "x", "draws": "many"}, "whole number"),
+        ({"heads": ",".join(f"L0H{i}" for i in range(600)), "prompt": "x"}, "512 at most"),
+    ],
+)
+def test_wrong_trials_are_refused_with_the_reason(fields, words):
+    with pytest.raises(RequestError, match=words):
+        read_trial(fields)
+
+
+def test_a_trial_becomes_a_study_that_is_valid(model):
+    from workbench.studies import Study
+
+    text, command = Trial(("L0H1", "L1H0"), how="zero", probe="induction", draws=12).study("smollm2-135m")
+    assert "workbench study run" in command
+    cells = tomllib.loads(text)["cells"]
+    assert cells[0]["set"]["heads"] == ["L0H1", "L1H0"] and cells[0]["set"]["draws"] == 12
+    assert Study is not None
+
+
+def test_trials_are_kept_on_disk_and_unknown_ones_refused(tmp_path, model_folder):
+    settings = AppSettings(tmp_path, model=model_folder)
+    live = Live(settings)
+    name = live.submit({"heads": ["L0H0"]}, lambda model, progress: {"layers": model.spec.n_layers})
+    assert wait_for(live, name, "done")["result"] == {"layers": 3}
+    live.close()
+    # Another server over the same folder finds it.
+    assert Live(settings).state(name)["asked"] == {"heads": ["L0H0"]}
+    for wrong in ("../../etc/passwd", "short", "x" * 16):
+        with pytest.raises(RequestError):
+            live.state(wrong)
+
+
+def test_trials_wait_are_cancelled_and_fail_alone(tmp_path, model_folder):
+    live = Live(AppSettings(tmp_path, model=model_folder))
+    go = threading.Event()
+
+    def slow(model, progress):
+        go.wait(30)
+        progress(1, 2)
+        return {}
+
+    def broken(model, progress):
+        raise ZeroDivisionError("a secret of the server")
+
+    def refused(model, progress):
+        raise RequestError("The prompt has 9 tokens.")
+
+    first, second = live.submit({}, slow), live.submit({}, slow)
+    third, fourth = live.submit({}, broken), live.submit({}, refused)
+    wait_for(live, first, "running")
+    assert live.state(second)["status"] == "waiting"
+    live.cancel(second)
+    for _ in range(MOST_WAITING - 4):
+        live.submit({}, slow)
+    with pytest.raises(RequestError, match="16 trials are waiting already"):
+        live.submit({}, slow)
+    go.set()
+    assert wait_for(live, first, "done")["result"] == {}
+    assert wait_for(live, second, "cancelled")
+    failed = wait_for(live, third, "failed")["error"]
+    assert "secret" not in failed and "terminal" in failed
+    assert wait_for(live, fourth, "failed")["error"] == "The prompt has 9 tokens."
+    live.close()
+
+
+def test_without_a_model_the_lab_says_how_to_get_one(visit, tmp_path):
+    page = visit("/lab")
+    assert "--model" in page.text_content("main")
+    with pytest.raises(RequestError, match="no model here"):
+        Live(AppSettings(tmp_path)).submit({}, lambda model, progress: {})
+
+
+def test_a_trial_in_the_browser_is_run_linked_and_repeated(browser, serve_app, runs_folder, model_folder):
+    address = serve_app(AppSettings(runs_folder, model=model_folder))
+    page = browser.new_page()
+    page.set_default_timeout(30_000)
+    page.goto(address + "/lab?heads=L0H0,L1H2")
+    page.wait_for_selector("#lab-run")
+    page.fill("#lab-prompt", "The <b>class</b> statement defines")
+    page.fill("#lab-new_tokens", "4")
+    page.click("#lab-run")
+    page.wait_for_selector("#lab-losses .main-svg")
+    text = page.text_content("#lab-outcome")
+    assert "Continuation (greedy)" in text and "Next token" in text and 'measurement = "verify"' in text
+    assert page.locator("#lab-outcome b").count() == 0 and "trial=" in page.url
+    link = page.url
+    again = browser.new_page()
+    again.goto(link)
+    again.wait_for_selector("#lab-losses .main-svg", timeout=30_000)
+    assert again.input_value("#lab-prompt") == "The <b>class</b> statement defines"
+    page.fill("#lab-new_tokens", "2000")
+    page.keyboard.press("Tab")
+    page.close()
+    again.close()
