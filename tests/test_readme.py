@@ -31,7 +31,8 @@ def test_commands_exist(command):
 
     group = [word for word in words if re.fullmatch(r"[a-z]+", word)]
     options = [word for word in words if word.startswith("--")]
-    shown = CliRunner().invoke(app, [*group[: 2 if group[0] in ("models", "runs", "study", "circuits") else 1], "--help"])
+    depth = 2 if group[0] in ("models", "runs", "study", "circuits") else 1
+    shown = CliRunner().invoke(app, [*group[:depth], "--help"])
     assert shown.exit_code == 0, shown.output
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown.output)
     for option in options:
