@@ -23,7 +23,9 @@ def figure_panel(
     """A figure, what it shows in words, and its exports (made in the browser by `assets/export.js`)."""
     if height is not None:
         figure.update_layout(height=height)
-    graph = dcc.Graph(id=name, figure=figure, config=CONFIG, className="graph")
+    # Without a height of its own a graph takes what a grid leaves it.
+    style = {"height": figure.layout.height or 450}
+    graph = dcc.Graph(id=name, figure=figure, config=CONFIG, className="graph", style=style)
     below = [html.Figcaption(caption_of(figure), className="caption"), exports(title)]
     return html.Figure([graph, html.Div(below, className="below")], className="panel", **{"data-title": title})
 

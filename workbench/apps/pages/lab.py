@@ -52,7 +52,10 @@ def _layout(context: Context, query: Query) -> Any:
             dcc.Interval(id="lab-poll", interval=_POLL, disabled=not name or state.get("status") not in _OPEN),
             dcc.Store(id="lab-trial", data=name),
             html.Div(id="lab-outcome", children=_outcome(state, live.name, query.dark) if name else _hint()),
-            html.Section([html.H3("Trials in this browser"), html.Div(id="lab-history-list")], className="block"),
+            html.Section(
+                [html.H3("Trials in this browser"), html.Div(id="lab-history-list", children=_history([]))],
+                className="block",
+            ),
             dcc.Store(id="lab-history", storage_type="local", data=[]),
         ]
     )
@@ -275,12 +278,16 @@ def _register_rest(app: Dash, context: Context) -> None:
 
     @app.callback(Output("lab-history-list", "children"), Input("lab-history", "data"))
     def show(history: list[Any] | None) -> Any:
-        rows = [
-            html.Li(dcc.Link(str(one.get("label", ""))[:100], href=link("/lab", trial=one.get("trial"))))
-            for one in history or []
-            if isinstance(one, dict)
-        ]
-        return html.Ul(rows) if rows else html.P("None yet.", className="caption")
+        return _history(history or [])
+
+
+def _history(history: Sequence[Any]) -> Any:
+    rows = [
+        html.Li(dcc.Link(str(one.get("label", ""))[:100], href=link("/lab", trial=one.get("trial"))))
+        for one in history
+        if isinstance(one, dict)
+    ]
+    return html.Ul(rows) if rows else html.P("None yet.", className="caption")
 
 
 def _too_long(count: int, most: int) -> WorkbenchError:
