@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,19 @@ class Context:
     live: Live
 
 
+def run_named(context: Context, query: Query) -> Sequence[str]:
+    """The run that an address names, where it names one."""
+    del context
+    return [query["run"]] if query.get("run") else []
+
+
 @dataclass(frozen=True)
 class Page:
     """A page: its address, its name, what it shows for a query, and its callbacks.
 
     `layout` takes the query of the address (`?run=...`), any there is: what it cannot honour it says on the page.
-    `register` adds the callbacks, once, when the app is made.
+    `register` adds the callbacks, once, when the app is made. `subject` names the runs that the page then shows (none,
+    one, or two that it compares): those that are exported.
     """
 
     path: str
@@ -34,3 +41,4 @@ class Page:
     hint: str
     layout: Callable[[Context, Query], Any]
     register: Callable[[Any, Context], None]
+    subject: Callable[[Context, Query], Sequence[str]] = run_named

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from workbench.apps.address import Query
 from workbench.apps.context import Context
 from workbench.errors import RequestError
 from workbench.reports.catalogue import Catalogue, catalogue
@@ -60,3 +61,8 @@ def scored_runs(context: Context) -> list[str]:
     table = context.library.table()
     names = [str(name) for name in table.loc[table["status"] == "complete", "name"]]
     return [name for name in names if context.library.run(name).has_table("head_scores")]
+
+
+def scored_run(context: Context, query: Query) -> list[str]:
+    """The run that an address names, else the newest with head scores."""
+    return [query["run"]] if query.get("run") else scored_runs(context)[:1]

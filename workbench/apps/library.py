@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,11 +13,10 @@ import pandas as pd
 
 from workbench.errors import RequestError, RunError, RunNotFound
 from workbench.runs import Run, list_runs
-from workbench.runs.disk import write_atomically
 from workbench.runs.manifest import looks_like_run
+from workbench.runs.notes import read_notes, write_note
 from workbench.runs.patterns import StoredPattern, open_pattern
 
-NOTES = "notes.json"
 MOST_NOTE = 10_000
 _KEPT = 64
 _T = TypeVar("_T")
@@ -85,25 +83,14 @@ class RunLibrary:
 
     def notes(self, name: str) -> dict[str, str]:
         """Texts that people left with a run, by what they are about (a head, "run")."""
-        file = self.path(name) / NOTES
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            raise RunError(f"{file} cannot be read ({error}); move it away to start new notes") from error
-        if not isinstance(found, dict):
-            raise RunError(f"{file} holds no notes; move it away to start new ones")
-        return {str(key): str(value) for key, value in found.items()}
+        return read_notes(self.path(name))
 
     def write_note(self, name: str, about: str, text: str) -> None:
         """Leave a text, or with an empty one remove it. Notes lie beside the run's files and change none of them."""
         if len(text) > MOST_NOTE:
             raise RequestError(f"A note of {len(text)} characters: {MOST_NOTE} are allowed; shorten it.")
         with self._lock:
-            notes = self.notes(name)
-            notes = {key: value for key, value in {**notes, about: text}.items() if value}
-            write_atomically(self.path(name) / NOTES, json.dumps(notes, ensure_ascii=True, indent=1) + "\n")
+            write_note(self.path(name), about, text)
 
     def _once(self, key: tuple[object, ...], make: Callable[[], _T]) -> _T:
         with self._lock:

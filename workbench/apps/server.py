@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from dash import ALL, Dash, Input, Output, State, ctx, no_update, set_props
 from flask import Flask, Response, request
 
+from workbench.apps import export
 from workbench.apps.address import Query, read_query
 from workbench.apps.context import Context, Page
 from workbench.apps.library import RunLibrary
@@ -46,11 +47,13 @@ def create_app(settings: AppSettings, pages: Sequence[Page] = PAGES) -> Dash:
     app.layout = frame(pages)
     _route(app, context, pages)
     _switch_scheme(app)
+    export.register(app, context, pages)
     for page in pages:
         page.register(app, context)
     server: Flask = app.server
     server.config["MAX_CONTENT_LENGTH"] = settings.most_body_bytes
     server.register_blueprint(blueprint(context.library))
+    server.register_blueprint(export.blueprint(context.library))
     server.add_url_rule("/theme.css", "theme", lambda: Response(colours(), mimetype="text/css"))
     _guard(app, server, settings.hosts)
     return app

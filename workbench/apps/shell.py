@@ -34,6 +34,7 @@ def frame(pages: Sequence[Page]) -> Any:
             dcc.Store(id="scheme", storage_type="local", data="light"),
             # Heads that a user has chosen, kept in that user's browser and in addresses.
             dcc.Store(id="head-set", storage_type="local", data=[]),
+            dcc.Store(id="export-address", data=""),
             html.A("Skip to the page", href="#page", className="skip"),
             dmc.AppShell(
                 [
@@ -58,7 +59,13 @@ def _header() -> Any:
             dmc.Group(
                 [
                     dmc.Text(id="set-size", size="sm", c="dimmed"),
-                    dmc.Button("Export HTML", id="export-page", size="compact-sm", variant="default"),
+                    # What a disabled button would tell is told by what is around it.
+                    html.Span(
+                        dmc.Button(
+                            "Export HTML", id="export-page", size="compact-sm", variant="default", disabled=True
+                        ),
+                        id="export-about",
+                    ),
                     dmc.Button(
                         "Dark", id="toggle-scheme", size="compact-sm", variant="default",
                         **{"aria-label": "Switch between light and dark"},

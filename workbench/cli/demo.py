@@ -106,13 +106,13 @@ def check_target(report: Path) -> None:
         )
 
 
-def write(session: Session, run: Run, report: Path) -> None:
+def write(session: Session, run: Run, report: Path, against: Run | None = None) -> None:
     """Write a report, saying so."""
     with display(session.err) as shown:
         shown.step("report", str(report), kept=False)
         from workbench.reports import write_report
 
-        write_report(run, report)
+        write_report(run, report, against=against)
 
 
 def _tell(session: Session, run: Run, out: Path, report: Path) -> None:

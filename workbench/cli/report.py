@@ -23,6 +23,9 @@ def report(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The HTML file to write. [default: RUN.html]")
     ] = None,
+    against: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Another run: a section tells how its head scores differ.")
+    ] = None,
     open_report: options.Open = False,
 ) -> None:
     """Write a run as one HTML file that needs no network."""
@@ -32,7 +35,7 @@ def report(
     found = Run.open(run)
     target = report_path(Path(run)) if out is None else out
     check_target(target)
-    write(session, found, target)
+    write(session, found, target, None if against is None else Run.open(against))
     session.say(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
     if open_report:
         webbrowser.open(target.resolve().as_uri())

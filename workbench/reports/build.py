@@ -18,9 +18,11 @@ from workbench.reports.charts import charts
 from workbench.reports.circuit_summary import circuits_summary
 from workbench.reports.circuits import circuits_view
 from workbench.reports.commands import heads_command, verify_command
+from workbench.reports.difference import difference
 from workbench.reports.examples import Pattern, patterns, reach
 from workbench.reports.facts import checks, duration, model_facts, moment, run_facts, steps
 from workbench.reports.findings import Finding, findings, probes, remarks, summary, switching_heads, verification_rows
+from workbench.reports.notes import notes_of
 from workbench.reports.payload import size_of
 from workbench.reports.singles import redundancy, single_rows
 from workbench.reports.source import RunLike, ablations, frame, shown_title
@@ -34,6 +36,7 @@ OPTIONAL = {
     "curves": "position curves",
     "contrast": "domain contrast",
     "details": "intervals and q-values in the head table (they stay in the run's table)",
+    "differences": "maps of differences (their table stays)",
     "maps": "layer x head maps",
     "multiples": "all maps on one scale",
     "headmap": "map of heads",
@@ -95,8 +98,8 @@ class Content:
         }
 
 
-def build(run: RunLike) -> Content:
-    """Reads the run once and computes everything that a report may show."""
+def build(run: RunLike, against: RunLike | None = None) -> Content:
+    """Reads the run once and computes everything that a report may show; `against` is a run to compare it with."""
     known, measured = catalogue(run), statistics(run)
     # the large view starts with the head that has most to show
     found = sorted(patterns(run), key=lambda pattern: -reach(pattern.values))
@@ -106,6 +109,7 @@ def build(run: RunLike) -> Content:
     tested = ablations(run)
     by_hand = bool(verification) and all(row["by_hand"] for row in verification)
     circuits = circuits_view(run)
+    compared = difference(run, against, known)
     asks_scores = not (known or measured or by_hand or circuits)
     certificate = run.manifest.get("certificate", {})
     scores = frame(run, "head_scores")
@@ -113,7 +117,7 @@ def build(run: RunLike) -> Content:
         scores = measured.scores()
     columns = list(known) or (measured.columns if measured is not None else [])
     texts: dict[str, Any] = {
-        "title": shown_title(run),
+        "title": shown_title(run) if compared is None else f"{shown_title(run)}, beside {compared.title}",
         "run_id": str(run.manifest.get("id", "")),
         "kind": str(run.manifest.get("kind", "run")),
         "created": moment(run.manifest.get("created")),
@@ -127,6 +131,8 @@ def build(run: RunLike) -> Content:
         "by_hand": by_hand,
         "atlas": atlas_view(run, known),
         "circuits": circuits,
+        "difference": compared,
+        "notes": notes_of(run),
         "columns": columns,
         "remarks": remarks(run, known),
         "summary": Markup(in_order(str(_summary(run, known, leading, measured)))),
@@ -151,7 +157,8 @@ def build(run: RunLike) -> Content:
         statistics=measured,
         cards=chosen,
         patterns=found,
-        figures=charts(run, known, chosen, found, measured),
+        figures=charts(run, known, chosen, found, measured)
+        | ({} if compared is None else {"differences": compared.figures}),
         table=head_table(scores, columns),
         slim_table=head_table(scores, columns, details=False),
     )

@@ -33,24 +33,34 @@ BUDGET_BYTES = 8_000_000
 _SCRIPTS = ("core.js", "theme.js", "charts.js", "tokens.js", "statistics.js", "table.js", "links.js")
 
 
-def write_report(run: RunLike, path: str | Path, *, gallery: bool = False, budget_bytes: int = BUDGET_BYTES) -> Path:
+def write_report(
+    run: RunLike,
+    path: str | Path,
+    *,
+    against: RunLike | None = None,
+    gallery: bool = False,
+    budget_bytes: int = BUDGET_BYTES,
+) -> Path:
     """Writes the report of `run` to `path` and returns the path.
 
+    With `against`, another run on disk, a section tells how its head scores differ.
     `gallery=True` packs plotly.js, which makes the file 3 MB smaller and asks for a browser of 2023 or later.
     Raises `RequestError` where not even the page without charts fits into `budget_bytes`.
     """
     target = Path(path)
     if target.is_dir():
         raise RequestError(f"{target} is a folder; name the HTML file to write, e.g. {target / 'report.html'}.")
-    page = render(run, gallery=gallery, budget_bytes=budget_bytes).encode()
+    page = render(run, against=against, gallery=gallery, budget_bytes=budget_bytes).encode()
     target.parent.mkdir(parents=True, exist_ok=True)
     _replace(target, page)
     return target
 
 
-def render(run: RunLike, *, gallery: bool = False, budget_bytes: int = BUDGET_BYTES) -> str:
+def render(
+    run: RunLike, *, against: RunLike | None = None, gallery: bool = False, budget_bytes: int = BUDGET_BYTES
+) -> str:
     """The report as text, within the budget."""
-    content = build(run)
+    content = build(run, against)
     page = _page(content, frozenset(), gallery)
     if _bytes(page) > budget_bytes and not gallery:
         page = _page(content, frozenset(), True)

@@ -1,4 +1,4 @@
-// Saves the figure beside a button as a picture or as the numbers that it shows.
+// Saves the figure beside a button as a picture or as the numbers that it shows, and a page's run as a report.
 (function () {
   function save(name, blob) {
     const link = document.createElement("a");
@@ -50,4 +50,24 @@
       ).then((address) => fetch(address)).then((answer) => answer.blob()).then((blob) => save(name + "." + button.dataset.export, blob));
     }
   });
+  function tell(title, message, color) {
+    const note = { action: "show", title: title, message: message, color: color, autoClose: 12000 };
+    dash_clientside.set_props("notifications", { sendNotifications: [note] });
+  }
+  async function exportPage(clicks, address) {
+    if (!clicks || !address) return false;
+    dash_clientside.set_props("export-page", { loading: true });
+    try {
+      const answer = await fetch(address);
+      if (!answer.ok) throw new Error((await answer.json()).error);
+      const named = /filename="?([^";]+)/.exec(answer.headers.get("Content-Disposition") || "");
+      const blob = await answer.blob();
+      save(named ? named[1] : "report.html", blob);
+      tell("Saved", (named ? named[1] : "The report") + ", " + (blob.size / 1e6).toFixed(1) + " MB, opens offline", "teal");
+    } catch (error) {
+      tell("Not exported", String(error.message).slice(0, 600), "orange");
+    }
+    return false;
+  }
+  window.dash_clientside = Object.assign({}, window.dash_clientside, { workbench: { exportPage: exportPage } });
 })();

@@ -11,7 +11,7 @@ from dash import Dash, Input, Output, State, ctx, html, no_update
 
 from workbench.apps.address import Query, link, read_choice, read_heads, read_list, read_number, to_query
 from workbench.apps.context import Context, Page
-from workbench.apps.heads import Scores, scored_runs, scores_of
+from workbench.apps.heads import Scores, scored_run, scored_runs, scores_of
 from workbench.apps.parts import data_grid, figure_panel
 from workbench.apps.shell import refusal
 from workbench.figures import head_maps, metric_scatter
@@ -279,4 +279,4 @@ def _register_choice(app: Dash, view_of: Any, controls: list[State]) -> None:
         return _names(rows) if wanted else no_update
 
 
-PAGE = Page("/atlas", "Atlas", "All heads by all detectors", _layout, _register)
+PAGE = Page("/atlas", "Atlas", "All heads by all detectors", _layout, _register, scored_run)

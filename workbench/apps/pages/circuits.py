@@ -36,6 +36,10 @@ def _runs(context: Context) -> list[str]:
     return [name for name in names if context.library.run(name).manifest.get("circuits")]
 
 
+def _subject(context: Context, query: Query) -> list[str]:
+    return [query["run"]] if query.get("run") else _runs(context)[:1]
+
+
 def _layout(context: Context, query: Query) -> Any:
     runs = _runs(context)
     if not runs:
@@ -264,4 +268,4 @@ def _clicked(figure: dict[str, Any], point: dict[str, Any]) -> str | None:
     return name
 
 
-PAGE = Page("/circuits", "Circuits", "Patches, scores and graphs of circuits", _layout, _register)
+PAGE = Page("/circuits", "Circuits", "Patches, scores and graphs of circuits", _layout, _register, _subject)

@@ -27,12 +27,20 @@ _COLUMNS = (
 )
 
 
+def _sides(runs: list[str], query: Query) -> list[str]:
+    return [query.get("a", "") or runs[1], query.get("b", "") or runs[0]]
+
+
+def _subject(context: Context, query: Query) -> list[str]:
+    runs = scored_runs(context)
+    return _sides(runs, query) if len(runs) > 1 else []
+
+
 def _layout(context: Context, query: Query) -> Any:
     runs = scored_runs(context)
     if len(runs) < 2:
         return refusal("Two runs with head scores are needed to compare.", "workbench heads MODEL --out runs/another")
-    a = query.get("a", "") or runs[1]
-    b = query.get("b", "") or runs[0]
+    a, b = _sides(runs, query)
     found = context.library.computed(
         a, ("compared", b, context.library.run(b).id),
         lambda: compare_runs(context.library.run(a), context.library.run(b)),
@@ -123,4 +131,4 @@ def _register(app: Dash, context: Context) -> None:
         return no_update if not a or not b or query == now else query
 
 
-PAGE = Page("/compare", "Compare", "Two runs, head by head", _layout, _register)
+PAGE = Page("/compare", "Compare", "Two runs, head by head", _layout, _register, _subject)

@@ -10,7 +10,7 @@ from dash import Dash, Input, Output, State, dcc, html, no_update
 
 from workbench.apps.address import Query, link, read_heads, to_query
 from workbench.apps.context import Context, Page
-from workbench.apps.heads import Scores, scored_runs, scores_of
+from workbench.apps.heads import Scores, scored_run, scored_runs, scores_of
 from workbench.apps.parts import data_grid, figure_panel
 from workbench.apps.shell import refusal
 from workbench.errors import WorkbenchError
@@ -255,4 +255,4 @@ def _register(app: Dash, context: Context) -> None:
         return f"Saved with {run}." if text else f"Removed from {run}."
 
 
-PAGE = Page("/head", "Head", "One head and all its evidence", _layout, _register)
+PAGE = Page("/head", "Head", "One head and all its evidence", _layout, _register, scored_run)

@@ -17,7 +17,7 @@ from workbench.runs.patterns import HOWS, StoredPattern
 
 PIXELS = 256
 # Cells up to this size are computed from q and k; between it and the pyramid's finest, pixels share its cells.
-EXACT = 8
+EXACT = 4
 # Probabilities below are drawn as nothing on a logarithmic scale.
 FLOOR = 1e-6
 Scale = Literal["linear", "log"]
