@@ -116,7 +116,9 @@ def write_patch_run(path: Path) -> None:
     with RunWriter.open(path, kind="patch", title="Patches", fingerprint={}) as writer:
         writer.table("effects", table.assign(position=table["position"].astype("str")))
         writer.table("prompt_effects", pd.DataFrame(prompts, columns=each).astype({"position": "str", "key": "Int64"}))
-        writer.table("edge_scores", pd.DataFrame(edges, columns=["source", "target", "through", "score"]))
+        scored = pd.DataFrame(edges, columns=["source", "target", "through", "score"])
+        scored = scored.assign(low=scored["score"] - 0.1, high=scored["score"] + 0.1)
+        writer.table("edge_scores", scored)
         writer.manifest["circuits"] = {
             "what": "patch", "task": "ioi", "caption": "4 pairs.", "metric": "logit_difference", "n": 4, "clean": 4.0,
             "corrupt": -4.0, "directions": ["denoising", "noising"], "sites": ["z"], "by": "head",

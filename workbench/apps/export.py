@@ -1,0 +1,129 @@
+"""Export of a page: the offline report of the run that it shows, as `workbench report` writes it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from io import BytesIO
+from threading import BoundedSemaphore, Lock
+
+from dash import ClientsideFunction, Dash, Input, Output, State
+from flask import Blueprint, Response, jsonify, request, send_file
+from werkzeug.exceptions import HTTPException
+
+from workbench.apps.address import Query, link, read_query
+from workbench.apps.context import Context, Page
+from workbench.apps.library import RunLibrary, shortened
+from workbench.errors import RunNotFound, WorkbenchError
+from workbench.reports import BUDGET_BYTES, render
+from workbench.runs import Run
+
+# Writing takes seconds of the processor: one report is made at a time, and few wait for theirs.
+MOST_ASKED = 3
+_log = logging.getLogger("workbench")
+_Render = Callable[[Run, Run | None], str]
+
+
+class Busy(WorkbenchError):
+    """More reports are asked for than are made at a time."""
+
+
+def address_of(run: str, against: str = "") -> str:
+    """Where the report of a run is found, or that of a run beside another one."""
+    return link("/export/report.html", run=run, against=against)
+
+
+def blueprint(library: RunLibrary) -> Blueprint:
+    """`/export/report.html?run=NAME`, and with `&against=NAME` the two compared; refusals go out as JSON.
+
+    Names stand in the query, where any text can: a path would end at a slash or a line's end in them.
+    """
+    routes = Blueprint("export", __name__, url_prefix="/export")
+
+    @routes.errorhandler(WorkbenchError)
+    def refused(error: WorkbenchError) -> tuple[Response, int]:
+        code = 503 if isinstance(error, Busy) else 404 if isinstance(error, RunNotFound) else 400
+        return jsonify(error=str(error)), code
+
+    @routes.errorhandler(Exception)
+    def failed(error: Exception) -> tuple[Response, int]:
+        if isinstance(error, HTTPException):
+            return jsonify(error=error.description), error.code or 500
+        _log.error("export", exc_info=error)
+        return jsonify(error="The report failed, a fault of the workbench; the server's terminal has the reason."), 500
+
+    routes.add_url_rule("/report.html", "report", partial(_report, library, _in_turn()))
+    return routes
+
+
+def _in_turn() -> _Render:
+    asked, at_work = BoundedSemaphore(MOST_ASKED), Lock()
+
+    def made(run: Run, against: Run | None) -> str:
+        if not asked.acquire(blocking=False):
+            raise Busy(f"{MOST_ASKED} reports are being written already; export again in a few seconds.")
+        try:
+            with at_work:
+                return render(run, against=against)
+        finally:
+            asked.release()
+
+    return made
+
+
+def _report(library: RunLibrary, made: _Render) -> Response:
+    run, against = request.args.get("run", ""), request.args.get("against", "")
+    # Opened anew, so that a report is only made of files that pass their checksums.
+    first = Run.open(library.path(run))
+    second = Run.open(library.path(against)) if against else None
+    page = made(first, second).encode()
+    name = f"{run}-against-{against}" if against else run
+    answer = send_file(BytesIO(page), "text/html", as_attachment=True, download_name=f"{_file_name(name)}.html")
+    answer.headers["Cache-Control"] = "no-store"
+    return answer
+
+
+def _file_name(run: str) -> str:
+    """A name that every system takes: what is not a letter, a digit or plain is left out."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "_", run)[:120].strip("_.") or "run"
+
+
+def register(app: Dash, context: Context, pages: Sequence[Page]) -> None:
+    """The header's button: what it would save follows from the address; the browser fetches and saves it."""
+    by_path = {page.path: page for page in pages}
+
+    @app.callback(
+        Output("export-page", "disabled"),
+        Output("export-about", "title"),
+        Output("export-address", "data"),
+        Input("url", "pathname"),
+        Input("url", "search"),
+    )
+    def offer(path: str | None, search: str | None) -> tuple[bool, str, str]:
+        page = by_path.get((path or "/").rstrip("/") or "/")
+        return offered(context, page, Query(read_query(search)))
+
+    app.clientside_callback(
+        ClientsideFunction("workbench", "exportPage"),
+        Output("export-page", "loading"),
+        Input("export-page", "n_clicks"),
+        State("export-address", "data"),
+        prevent_initial_call=True,
+    )
+
+
+def offered(context: Context, page: Page | None, query: Query) -> tuple[bool, str, str]:
+    """Whether the button is disabled, what it tells, and where the report is found."""
+    try:
+        runs = [] if page is None else list(page.subject(context, query))[:2]
+        for run in runs:
+            context.library.path(run)
+    except WorkbenchError as error:
+        return True, f"Nothing to export: {error}", ""
+    if not runs:
+        return True, "Nothing to export: this page shows no run. Choose one first.", ""
+    what = " beside ".join(shortened(run) for run in runs)
+    told = f"Save {what} as one offline HTML file of at most {BUDGET_BYTES / 1e6:.0f} MB, as `workbench report` does."
+    return False, told, address_of(*runs)

@@ -1,0 +1,99 @@
+"""A second run beside the reported one: the same heads by the same detectors, as differences with their intervals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pandas as pd
+
+from workbench.errors import RequestError
+from workbench.figures import head_map
+from workbench.figures.text import interval, number, signed
+from workbench.reports.catalogue import Catalogue, DetectorInfo
+from workbench.reports.payload import figure_pair
+from workbench.reports.source import RunLike, head_name, shown_title
+from workbench.runs import Run, compare_runs
+
+MOST_DETECTORS = 6
+MOST_HEADS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Difference:
+    """Two runs compared, as texts; `figures` are by id, in the order of `detectors`."""
+
+    title: str
+    run_id: str
+    notes: tuple[str, ...]
+    detectors: tuple[str, ...]
+    rows: tuple[dict[str, str], ...]
+    figures: dict[str, dict[str, Any]]
+
+
+def difference(run: RunLike, against: RunLike | None, known: Catalogue) -> Difference | None:
+    """What separates `run` from `against`, as the second less the first; None where no second run is given.
+
+    Shown are the leading detectors that both have. `RunError` where the two have no head score in common.
+    """
+    if against is None:
+        return None
+    if not isinstance(run, Run) or not isinstance(against, Run):
+        raise RequestError("Only runs on disk can be compared; open both with Run.open.")
+    found = compare_runs(run, against)
+    shared = set(found["detector"])
+    shown = [info for info in known.leading() if info.name in shared]
+    shown = (shown or [info for info in known if info.name in shared])[:MOST_DETECTORS]
+    return Difference(
+        title=shown_title(against),
+        run_id=against.id,
+        notes=tuple(map(str, found.attrs["notes"])),
+        detectors=tuple(_told(found, info) for info in shown),
+        rows=tuple(row for info in shown for row in _rows(found, info)),
+        figures={f"difference-{index}": figure_pair(partial(_map, found, info)) for index, info in enumerate(shown)},
+    )
+
+
+def _of(found: pd.DataFrame, info: DetectorInfo) -> pd.DataFrame:
+    rows: pd.DataFrame = found[found["detector"] == info.name]
+    return rows
+
+
+def _told(found: pd.DataFrame, info: DetectorInfo) -> str:
+    rows = _of(found, info)
+    judged = rows["overlap"].dropna()
+    told = f"{info.title}: {len(rows)} heads in both"
+    if judged.empty:
+        return f"{told}, without intervals."
+    return f"{told}, the intervals of {int((~judged.astype(bool)).sum())} of {len(judged)} lie apart."
+
+
+def _rows(found: pd.DataFrame, info: DetectorInfo) -> list[dict[str, str]]:
+    rows = _of(found, info).dropna(subset="difference")
+    order = rows["difference"].abs().sort_values(ascending=False, kind="stable").index[:MOST_HEADS]
+    return [
+        {
+            "head": head_name(row["layer"], row["head"]),
+            "detector": info.title,
+            "first": number(row["value_a"], 3),
+            "first_interval": interval(row["low_a"], row["high_a"], 3),
+            "second": number(row["value_b"], 3),
+            "second_interval": interval(row["low_b"], row["high_b"], 3),
+            "difference": signed(row["difference"], 3),
+            "apart": "" if pd.isna(row["overlap"]) else "overlap" if row["overlap"] else "apart",
+        }
+        for row in rows.loc[order].to_dict("records")
+    ]
+
+
+def _map(found: pd.DataFrame, info: DetectorInfo, dark: bool) -> Any:
+    rows = _of(found, info)
+    told = rows.assign(value=rows["difference"])[["detector", "layer", "head", "value"]]
+    about = {
+        "title": f"{info.title}, difference",
+        "unit": info.unit,
+        "caption": f"{info.title}: the second run's score less the first's, {len(rows)} heads that both have.",
+        "better": "either",
+    }
+    return head_map(told, info.name, info=about, dark=dark)
