@@ -63,6 +63,8 @@ def test_saturated_keys(trained) -> None:
     Two saturations stand one behind the other: neither the QK fix nor the frozen norm alone finds the effect.
     """
     sharp = copy.deepcopy(trained.model)
+    # The model is attached by other tests of this module, and its copy believes to be.
+    sharp.set_attn_implementation("sdpa")
     with torch.no_grad():
         sharp.blocks[1].attention.query.weight.mul_(6.0)
     model, task = load(sharp), induction_pairs.repeat_pairs(16)
