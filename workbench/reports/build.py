@@ -111,7 +111,6 @@ def build(run: RunLike, against: RunLike | None = None) -> Content:
     circuits = circuits_view(run)
     compared = difference(run, against, known)
     asks_scores = not (known or measured or by_hand or circuits)
-    certificate = run.manifest.get("certificate", {})
     scores = frame(run, "head_scores")
     if scores is None and measured is not None:
         scores = measured.scores()
@@ -142,13 +141,7 @@ def build(run: RunLike, against: RunLike | None = None) -> Content:
         "redundancy": redundancy(run, known),
         "probes": probes(run),
         "switching": switching_heads(run),
-        "model": run.manifest.get("model", {}),
-        "checks": checks(run),
-        "certified": certificate.get("passed"),
-        "model_facts": model_facts(run),
-        "run_facts": run_facts(run),
-        "prompts": list(run.manifest.get("prompts", [])),
-        "steps": steps(run),
+        **_provenance(run),
     }
     return Content(
         manifest=run.manifest,
@@ -162,6 +155,18 @@ def build(run: RunLike, against: RunLike | None = None) -> Content:
         table=head_table(scores, columns),
         slim_table=head_table(scores, columns, details=False),
     )
+
+
+def _provenance(run: RunLike) -> dict[str, Any]:
+    return {
+        "model": run.manifest.get("model", {}),
+        "checks": checks(run),
+        "certified": run.manifest.get("certificate", {}).get("passed"),
+        "model_facts": model_facts(run),
+        "run_facts": run_facts(run),
+        "prompts": list(run.manifest.get("prompts", [])),
+        "steps": steps(run),
+    }
 
 
 def _summary(run: RunLike, known: Catalogue, leading: list[Finding], measured: Statistics | None) -> Markup:
