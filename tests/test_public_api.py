@@ -28,6 +28,7 @@ PUBLIC = {
     "errors": "workbench",
     "load": "workbench.tracing",
     "patch": "workbench.tracing",
+    "show": "workbench.figures.shown",
     "statistics": "workbench.tracing",
     "verify": "workbench.heads",
     "write_report": "workbench.reports",

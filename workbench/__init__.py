@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from workbench import errors as errors
+    from workbench.figures.shown import show as show
     from workbench.heads import detect as detect
     from workbench.heads import verify as verify
     from workbench.models import Batch as Batch
@@ -54,6 +55,7 @@ _HOME = {
     "errors": "workbench.errors",
     "load": "workbench.tracing",
     "patch": "workbench.tracing",
+    "show": "workbench.figures.shown",
     "statistics": "workbench.tracing.statistics",
     "verify": "workbench.heads",
     "write_report": "workbench.reports",
@@ -73,6 +75,7 @@ __all__ = [
     "errors",
     "load",
     "patch",
+    "show",
     "statistics",
     "verify",
     "write_report",

@@ -16,9 +16,12 @@ from jaxtyping import Float
 
 from workbench.circuits.inference import gap_refusal, mean_effect, q_values, recovery, sign_flip_p
 from workbench.circuits.spots import Change
+from workbench.models.snippet import snippet
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Direction = Literal["denoising", "noising"]
+# Rows of a direction that a notebook shows.
+_SHOWN = 10
 DIRECTIONS: tuple[Direction, ...] = ("denoising", "noising")
 
 
@@ -129,6 +132,15 @@ class Effects:
                 "key": pd.array([None if one is None else one.key for one in first], dtype="Int64"),
             }
         )
+
+    def _repr_html_(self) -> str:
+        """The largest effects of each direction, for notebooks; `workbench.show` draws them all."""
+        table = self.table()
+        order = table["effect"].abs().sort_values(ascending=False, kind="stable").index
+        names = ["direction", "node", "site", "position", "effect", "effect_low", "effect_high", "recovery", "q", "n"]
+        rows = table.loc[order, names].groupby("direction", sort=False).head(_SHOWN)
+        more = f"{len(table):,} changes in .table(); the {len(rows)} largest are shown. {self.refusal}"
+        return snippet(f"Patches on {self.task}: {self.metric}", rows, more)
 
     def per_prompt(self) -> pd.DataFrame:
         """One row a change, direction and prompt: the metric as measured, and the two runs' own."""

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from workbench.circuits.inference import mean_effect
 from workbench.errors import ModelRefused, RequestError
 from workbench.models import Spec
+from workbench.models.snippet import snippet
 from workbench.tasks.pairs import Edge
 from workbench.tracing import Model
 
@@ -29,6 +30,8 @@ Single = np.ndarray[Any, np.dtype[np.float32]]
 Through = Literal["q", "k", "v", ""]
 # Per-prompt values whose means are bootstrapped at a time.
 _COLUMNS = 4096
+# Rows that a notebook shows.
+_SHOWN = 12
 
 
 class Places(NamedTuple):
@@ -230,6 +233,21 @@ class Scores:
         frame = frame.assign(direction=self.direction, ablation=self.ablation, task=self.task, seed=self.seed)
         frame = frame.iloc[np.argsort(-np.abs(scores), kind="stable")].reset_index(drop=True)
         return frame.assign(rank=np.arange(1, len(frame) + 1))
+
+    def means(self, kind: Literal["edges", "nodes", "inputs"] = "edges") -> pd.DataFrame:
+        """Parts and their scores, the largest first, without the intervals that `table` computes."""
+        scores, _, names = self._rows(kind)
+        order = np.argsort(-np.abs(scores), kind="stable")
+        return names.assign(score=scores).iloc[order].reset_index(drop=True)
+
+    def _repr_html_(self) -> str:
+        """The largest scores, for notebooks; `workbench.show` draws them."""
+        kind: Literal["edges", "nodes", "inputs"] = (
+            "edges" if self.edges is not None else "nodes" if self.nodes is not None else "inputs"
+        )
+        rows = self.means(kind)
+        more = f'{len(rows):,} {kind}, with intervals in .table("{kind}"); mean over n = {self.n} prompts.'
+        return snippet(f"{self.method} on {self.task}: {self.metric}", rows.head(_SHOWN), more)
 
     def _rows(self, kind: str) -> tuple[Array, Array | Single | None, pd.DataFrame]:
         chosen = {"edges": self.edges, "nodes": self.nodes, "inputs": self.inputs}

@@ -27,7 +27,12 @@ from workbench.heads.inference import (
 from workbench.heads.kinds import KINDS
 from workbench.heads.settings import Settings
 from workbench.models import Head
+from workbench.models.snippet import snippet
 from workbench.tracing import Model, Trace
+
+# What a notebook shows of the table.
+_LEADING = 3
+_MOST_ROWS = 36
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,17 @@ class HeadScores:
             raise RequestError(f"No scores of {detector!r}; there are {', '.join(self.table.detector.unique())}.")
         best = rows.sort_values("rank").head(k)
         return [Head(int(layer), int(head)) for layer, head in zip(best.layer, best["head"], strict=True)]
+
+    def _repr_html_(self) -> str:
+        """The three heads that say most by each detector, for notebooks; `workbench.show` draws them all."""
+        found = self.table[self.table["value"].notna() & (self.table["rank"] <= _LEADING)]
+        found = found.sort_values(["detector", "rank"], kind="stable")
+        names = [f"L{layer}H{head}" for layer, head in zip(found["layer"], found["head"], strict=True)]
+        rows = found[["detector", "rank", "value", "low", "high", "null", "q", "n"]].head(_MOST_ROWS)
+        rows.insert(2, "name", names[: len(rows)])
+        detectors, heads = self.table["detector"].nunique(), len(self.table[["layer", "head"]].drop_duplicates())
+        more = f"{len(self.table):,} rows in .table; {len(found) - len(rows)} leading ones are not shown here."
+        return snippet(f"Scores of {heads} heads by {detectors} detectors", rows, more)
 
     @staticmethod
     def join(parts: Sequence[HeadScores]) -> HeadScores:

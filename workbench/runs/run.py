@@ -15,6 +15,7 @@ import pandas as pd
 import xarray as xr
 
 from workbench.errors import RequestError, RunCorrupt, RunNotFound
+from workbench.models.snippet import snippet
 
 from .arrays import read_array
 from .disk import sha256, size
@@ -95,6 +96,17 @@ class Run:
         if name not in self.tensor_files:
             raise RequestError(self._unknown("tensors", name, self.tensor_files))
         return Tensors(self.path / tensors_file(name))
+
+    def _repr_html_(self) -> str:
+        """What the run is and holds, for notebooks."""
+        model = self.manifest.get("model") or {}
+        facts = [("kind", self.kind), ("identifier", self.id), ("model", model.get("name", "")),
+                 ("created", self.manifest.get("created", "")), ("command", self.manifest.get("command", "")),
+                 ("arrays", ", ".join((*self.arrays, *self.tensor_files)))]  # fmt: skip
+        facts += [
+            (f"table {name}", f"{entry.get('rows', '?')} rows") for name, entry in self.manifest["tables"].items()
+        ]
+        return snippet(self.title, pd.DataFrame(facts, columns=["", "run"]), str(self.path))
 
     def verify(self) -> None:
         """Compare every file with its checksum; `RunCorrupt` names those that differ."""

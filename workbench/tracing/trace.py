@@ -14,10 +14,12 @@ from torch import Tensor
 from workbench.errors import RequestError
 from workbench.models import Batch, Spec
 from workbench.models.memory import Prediction
+from workbench.models.snippet import snippet
 from workbench.tracing.sites import Site, parse_site
 from workbench.tracing.statistics import Statistic
 
 if TYPE_CHECKING:
+    import pandas as pd
     import xarray as xr
 
 # Results of layers on their way from the device at once.
@@ -96,6 +98,34 @@ class Trace:
             narrowed = rows[:, None, None, :].to(torch.bool)
             chosen = chosen & narrowed.reshape(*narrowed.shape, *[1] * (values.ndim - 4))
         return torch.where(chosen, values, 0.0).sum(3) / chosen.sum(3)
+
+    def means(self) -> dict[str, pd.DataFrame]:
+        """By statistic of positions: layer, head and `value`, the mean over prompts and positions (no padding)."""
+        import pandas as pd
+
+        found = {}
+        for name, statistic in self.statistics.items():
+            if name not in self.values or statistic.integer or statistic.axis not in ("query", "key"):
+                continue
+            values = self.mean(name).nanmean(0)
+            if values.ndim == 2:
+                layer, head = torch.nonzero(~values.isnan(), as_tuple=True)
+                numbers = values[layer, head].double().numpy()
+                found[name] = pd.DataFrame({"layer": layer.numpy(), "head": head.numpy(), "value": numbers})
+        return found
+
+    def _repr_html_(self) -> str:
+        """Means by head in short, for notebooks; `workbench.show` draws them."""
+        import pandas as pd
+
+        rows = []
+        for name, table in self.means().items():
+            ordered = table.sort_values("value", kind="stable")
+            ends = [f"L{row.layer:.0f}H{row['head']:.0f}" for _, row in ordered.iloc[[0, -1]].iterrows()]
+            low, high = ordered["value"].iloc[[0, -1]]
+            rows.append((name, table["value"].mean(), low, ends[0], high, ends[1]))
+        columns = ["statistic", "mean of heads", "lowest", "lowest head", "highest", "highest head"]
+        return snippet(repr(self).strip("<>"), pd.DataFrame(rows, columns=columns))
 
     def dataset(self) -> xr.Dataset:
         """The statistics as labelled arrays, for saving and plotting."""
