@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -145,6 +146,16 @@ def test_report_lies_beside_the_run(call, heads_run):
     assert result.stdout.startswith(str(page))
     assert "tiny[red]" in page.read_text(encoding="utf-8")
     good(call("report", heads_run, "--out", "elsewhere/own.html"))
+    assert 'id="difference"' not in page.read_text(encoding="utf-8")
+
+
+def test_a_report_tells_how_another_run_differs(call, heads_run, model_folder):
+    good(call("heads", model_folder, "--prompts", 3, "--seed", 1, "--detectors", "sink,echo", "--out", "other"))
+    good(call("report", heads_run, "--against", "other", "--out", "both.html"))
+    page = Path("both.html").read_text(encoding="utf-8")
+    assert 'id="difference"' in page and Run.open("other").id in page
+    refused = call("report", heads_run, "--against", "nowhere", "--out", "none.html")
+    assert refused.exit_code and not Path("none.html").exists()
 
 
 def test_runs_are_listed_shown_and_compared(call, heads_run, model_folder):
