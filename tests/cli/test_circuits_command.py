@@ -106,11 +106,50 @@ def test_pairs_from_a_file(call, model_folder, tmp_path):
         (["--task", "ioi", "--paths", "logits", "--site", "z"], "leave out --site"),
         (["--task", "ioi", "--apart"], "--apart is about receivers"),
         (["--task", "ioi", "--layers", "3-1"], "names no layers"),
+        (
+            ["--task", "ioi", "--positions", "S2"],
+            "--by head, which patches all tokens together; add --by head_position",
+        ),
+        (["--task", "ioi", "--site", "mlp_out", "--by", "layer", "--positions", "0"], "add --by position."),
+        (["--task", "ioi", "--site", "pattern", "--by", "key", "--positions", "END"], "as numbers, and 'END' is none"),
+        (["--task", "ioi", "--form", "strict"], "--form is about receivers"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_a_model_loads(call, arguments, message):
     result = call("circuits", "patch", "no-such-model", *arguments)
     assert result.exit_code == 2 and message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "loaded"),
+    [
+        (["--layers", "30"], "Layer 30 does not exist: layers run from 0 to 2", False),
+        (["--paths", "L99H1.q"], "Layer 99 does not exist", False),
+        (["--paths", "L2H30.q"], "L2H30 does not exist: heads of layer 2 run from 0 to 3", False),
+        (["--paths", "L2KV7.v"], "key/value heads of layer 2 run from 0 to 1", True),
+        (["--by", "head_position", "--positions", "99"], "No prompt has position 99: positions of the longest", True),
+        (["--by", "head_position", "--positions", "FOO"], "no role 'FOO'; its roles are", True),
+    ],
+)
+def test_places_that_do_not_exist_are_refused_before_any_run(call, model_folder, tmp_path, arguments, message, loaded):
+    result = call("circuits", "patch", model_folder, *TASK, *arguments, "--out", tmp_path / "run")
+    assert result.exit_code == 2 and message in " ".join(result.stderr.split()), result.stderr
+    assert ("checks of its certificate" in result.stderr) == loaded and "baseline" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_comes_next_names_a_head_that_receives_or_nothing(call, model_folder, patch_run, tmp_path):
+    from workbench.studies.patches import receivers
+
+    said = patch_run[1].partition("--paths ")[2].split()[0]
+    (named,) = receivers((said,))
+    rows = Run.open(patch_run[0]).table("effects").query("site == 'z' and layer > 0")
+    top = rows.loc[rows["effect"].abs().idxmax()]
+    assert (named.layer, named.head, named.site) == (top["layer"], top["head"], "q")
+    # By position, z is of all heads of a layer together, and no head's.
+    words = ("--site", "z,resid_pre", "--direction", "noising", "--out", tmp_path / "run")
+    result = call("circuits", "patch", model_folder, *TASK, *words)
+    assert result.exit_code == 0 and "--paths" not in result.stdout, result.output
 
 
 def test_tasks_are_listed_and_measured(call, model_folder):

@@ -120,7 +120,8 @@ Paths = Annotated[
     ),
 ]
 Form = Annotated[
-    FormName, typer.Option(help="With --paths: MLPs on the way are recomputed (wang), or nothing is (strict).")
+    FormName | None,
+    typer.Option(help="With --paths: MLPs on the way are recomputed (wang, the default), or nothing is (strict)."),
 ]
 Apart = Annotated[bool, typer.Option("--apart", help="With --paths: each receiver by itself.")]
 
@@ -137,7 +138,7 @@ def patch(
     layers: Layers = None,
     metric: Metric = None,
     paths: Paths = None,
-    form: Form = FormName.wang,
+    form: Form = None,
     apart: Apart = False,
     seed: options.Seed = 0,
     out: options.Out = None,
@@ -153,8 +154,10 @@ def patch(
     session = current_session()
     if paths is not None and (site, by, positions) != (None, None, None):
         raise RequestError("--paths is from whole heads and MLPs; leave out --site, --by and --positions.")
-    if paths is None and apart:
-        raise RequestError("--apart is about receivers of paths; name them with --paths, or leave it out.")
+    if paths is None:
+        for name, given in (("--apart", apart), ("--form", form)):
+            if given:
+                raise RequestError(f"{name} is about receivers of paths; name them with --paths, or leave it out.")
     sites = options.names("--site", site, "z,mlp_out") or ("z",)
     asked: dict[str, Any] = {
         "sites": sites,
@@ -164,14 +167,15 @@ def patch(
         "positions": options.names("--positions", positions, "S2,END"),
         "layers": _layers(layers),
         "receivers": options.names("--paths", paths, "L9H6.q,L5KV1.v") or (),
-        "form": form.value,
+        "form": (form or FormName.wang).value,
         "apart": apart,
         "seed": seed,
     }
     path = out or default_run("patch", model, task, pairs, *asked.items(), dtype, device)
     session.writes(path, overwrite=overwrite)
-    settings = _settings(session, task, asked)
+    settings = _settings(session, model, task, asked)
     with attached(session, model, dtype, device) as loaded:
+        settings.check_model(loaded.spec)
         run = _patched(session, loaded, path, settings, (task, pairs, seed), overwrite)
     tell_pairs(session, run)
     show_effects(session, run)
@@ -179,16 +183,20 @@ def patch(
     tell_next(session, run, model, task)
 
 
-def _settings(session: Session, task: str, asked: dict[str, Any]) -> PatchSettings:
-    """What is asked, checked as far as it can be without a model."""
+def _settings(session: Session, model: str, task: str, asked: dict[str, Any]) -> PatchSettings:
+    """What is asked, checked as far as it can be before a model's weights are read."""
     with session.err.status("importing"):
         session.silence_transformers()
+        from workbench.models.loading import stated_heads
         from workbench.studies.pairs import check_task
         from workbench.studies.patches import PatchSettings
 
         check_task(task, asked["metric"])
         settings = PatchSettings(**asked)
         settings.check()
+        heads = stated_heads(model)
+        if heads is not None:
+            settings.check_fit(heads)
     return settings
 
 
@@ -221,6 +229,7 @@ def _patched(
     from workbench.studies.patches import count_steps, patch_run
 
     task = found_pairs(session, model, asked, settings.metric)
+    settings.check_places(task)
     with display(session.err, count_steps(settings)) as shown:
         return patch_run(
             model, task, path, settings=settings, overwrite=overwrite, reporter=shown, command=session.command
@@ -229,10 +238,12 @@ def _patched(
 
 def tell_next(session: Session, run: Run, model: str, task: str) -> None:
     """The command that goes on from here."""
-    best = run.table("effects").dropna(subset=["effect"])
-    best = best[best["site"].isin(["z", "q"])]
+    best = run.table("effects").dropna(subset=["effect", "head"])
+    # Nothing but the embedding comes before layer 0.
+    best = best[(best["site"] == "z") & (best["layer"] > 0)]
     if run.manifest["circuits"].get("receivers") or best.empty:
         return
     top = best.loc[best["effect"].abs().idxmax()]
-    words = ["workbench", "circuits", "patch", model, "--task", task, "--paths", f"{top['node']}.q"]
+    receiver = f"L{top['layer']}H{top['head']}.q"
+    words = ["workbench", "circuits", "patch", model, "--task", task, "--paths", receiver]
     session.say(f"Next:   {shlex.join(words)}   (what that head's queries come from)")

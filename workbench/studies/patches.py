@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,11 @@ import pandas as pd
 
 from workbench.circuits import PATCH_SITES, Effects, Options, Spot, patch_activations, patch_paths, spot
 from workbench.circuits.effects import DIRECTIONS, Direction
+from workbench.circuits.patching import longest
 from workbench.circuits.paths import Form
 from workbench.circuits.spots import BYS, RESIDUAL
-from workbench.errors import RequestError
-from workbench.models import Head
+from workbench.errors import HeadError, RequestError
+from workbench.models import Head, Spec
 from workbench.runs import Run, RunWriter
 from workbench.studies.pairs import baseline, describe
 from workbench.studies.survey import Reporter, Silent, model_facts
@@ -77,6 +78,60 @@ class PatchSettings:
                 raise RequestError(f"by={self.by!r} at {site}: the residual stream has no heads; choose position.")
         if self.by == "key" and self.sites != ("pattern",):
             raise RequestError("by='key' scans entries of patterns; choose the site pattern alone.")
+        if self.positions is not None:
+            self._check_positions()
+
+    def _check_positions(self) -> None:
+        """Refuse positions where none are scanned, and roles where only numbers will do."""
+        assert self.positions is not None
+        if self.by not in _POSITIONED:
+            other = "position" if RESIDUAL & set(self.sites) else "head_position"
+            raise RequestError(
+                f"--positions {','.join(self.positions)} has no meaning with --by {self.by}, which patches all tokens "
+                f"together; add --by {other}."
+            )
+        roles = [one for one in self.positions if not one.isdecimal()]
+        if self.by == "key" and roles and self.positions != ("all",):
+            raise RequestError(f"--by key takes positions as numbers, and {roles[0]!r} is none.")
+
+    def check_fit(self, heads: Sequence[int]) -> None:
+        """Refuse layers and heads that a model lacks; `heads` is how many query heads each layer has."""
+        named = receivers(self.receivers) if self.receivers else ()
+        spots = () if isinstance(named, str) else named
+        for layer in (*(self.layers or ()), *(one.layer for one in spots)):
+            if layer >= len(heads):
+                raise RequestError(f"Layer {layer} does not exist: layers run from 0 to {len(heads) - 1}.")
+        for one in spots:
+            if one.site == "q" and one.head is not None and one.head >= heads[one.layer]:
+                raise HeadError(
+                    f"{one.node} does not exist: heads of layer {one.layer} run from 0 to {heads[one.layer] - 1}."
+                )
+
+    def check_model(self, spec: Spec) -> None:
+        """The same of an attached model, key/value heads as well."""
+        self.check_fit([layer.heads for layer in spec.layers])
+        named = receivers(self.receivers) if self.receivers else ()
+        for one in () if isinstance(named, str) else named:
+            one.check(spec)
+
+    def check_places(self, task: PairTask) -> None:
+        """Refuse positions that no prompt has, and roles that the task does not have."""
+        if self.receivers or self.positions in (None, ("all",)):
+            return
+        assert self.positions is not None
+        last = longest(task) - 1
+        for one in self.positions:
+            if one.isdecimal() and int(one) > last:
+                raise RequestError(
+                    f"No prompt has position {one}: positions of the longest prompt run from 0 to {last}, the token "
+                    "that is read."
+                )
+            if not one.isdecimal() and one not in task.roles:
+                listed = ", ".join(task.roles) or "none"
+                raise RequestError(
+                    f"{task.name} has no role {one!r}; its roles are {listed}. Positions are also numbers, from 0 to "
+                    f"{last}, or all."
+                )
 
     def stated(self, task: PairTask) -> dict[str, Any]:
         """The settings for a manifest: JSON values, and the prompts' seed."""
@@ -128,6 +183,8 @@ def patch_run(
     """Patch a task in a model into a run of kind `patch` at `path`; continues one that was interrupted."""
     settings = settings or PatchSettings()
     settings.check()
+    settings.check_model(model.spec)
+    settings.check_places(task)
     work = _Patches(model, task, settings, reporter or Silent())
     stated = settings.stated(task)
     with RunWriter.open(
