@@ -120,6 +120,29 @@ def test_what_cannot_be_done_is_said_before_a_model_loads(call, arguments, messa
     assert result.exit_code == 2 and message in result.stderr
 
 
+GOOD = {"clean": "the object is", "corrupt": "the value is", "answer": " the", "foil": " in"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "arguments", "message"),
+    [
+        ([GOOD], [], "has one pair, of which nothing can be told from chance; write 2 pairs or more"),
+        ([GOOD, GOOD], ["--pairs", 3], "has 2 pairs, fewer than the 3 asked for"),
+        ([GOOD, GOOD | {"answers": "x"}], [], "line 2: field 'answers' is unknown"),
+        ([GOOD, GOOD | {"corrupt": GOOD["clean"]}], [], "equals 'clean'"),
+        ([GOOD, GOOD | {"foil": [" in", 3]}], [], "line 2: field 'foil' is 3; give a text"),
+        ([GOOD, GOOD | {"roles": {"A": "horse"}}], [], "comes 0 times in 'clean'"),
+        ([], [], "has no pairs"),
+    ],
+)
+@pytest.mark.parametrize("command", ["patch", "attribute"])
+def test_files_are_checked_before_a_model_loads(call, tmp_path, command, lines, arguments, message):
+    file = tmp_path / "own.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    result = call("circuits", command, "no-such-model", "--task", file, *arguments)
+    assert result.exit_code == 2 and message in " ".join(result.stderr.split()), result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message", "loaded"),
     [

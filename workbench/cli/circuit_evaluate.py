@@ -105,7 +105,7 @@ def evaluate(
         from workbench.studies.evaluations import EvaluationSettings
         from workbench.studies.pairs import check_task
 
-        check_task(asked[1], None if metric is None else metric.value)
+        check_task(asked[1], None if metric is None else metric.value, asked[2])
         given: dict[str, Any] = {} if shares is None else {"fractions": shares}
         settings = EvaluationSettings(
             how=select.value, metric=None if metric is None else metric.value, ablation=ablation.value, random=random,

@@ -162,7 +162,7 @@ def _search(
         from workbench.studies.pairs import check_task
         from workbench.studies.searches import SearchSettings, method_names
 
-        check_task(asked[0], name)
+        check_task(asked[0], name, asked[1])
         spaced = method.replace("-", " ")
         chosen = spaced if spaced in method_names(kind) else method  # type: ignore[arg-type]
         settings = SearchSettings(kind, chosen, name, asked[2], own)  # type: ignore[arg-type]

@@ -173,7 +173,7 @@ def patch(
     }
     path = out or default_run("patch", model, task, pairs, *asked.items(), dtype, device)
     session.writes(path, overwrite=overwrite)
-    settings = _settings(session, model, task, asked)
+    settings = _settings(session, model, (task, pairs, seed), asked)
     with attached(session, model, dtype, device) as loaded:
         settings.check_model(loaded.spec)
         run = _patched(session, loaded, path, settings, (task, pairs, seed), overwrite)
@@ -183,7 +183,7 @@ def patch(
     tell_next(session, run, model, task)
 
 
-def _settings(session: Session, model: str, task: str, asked: dict[str, Any]) -> PatchSettings:
+def _settings(session: Session, model: str, task: Asked, asked: dict[str, Any]) -> PatchSettings:
     """What is asked, checked as far as it can be before a model's weights are read."""
     with session.err.status("importing"):
         session.silence_transformers()
@@ -191,7 +191,7 @@ def _settings(session: Session, model: str, task: str, asked: dict[str, Any]) ->
         from workbench.studies.pairs import check_task
         from workbench.studies.patches import PatchSettings
 
-        check_task(task, asked["metric"])
+        check_task(task[0], asked["metric"], task[1])
         settings = PatchSettings(**asked)
         settings.check()
         heads = stated_heads(model)

@@ -15,7 +15,7 @@ from workbench.errors import RequestError
 from workbench.models import Batch
 from workbench.runs import RunWriter, environment
 from workbench.studies.survey import Reporter, model_facts
-from workbench.tasks.pair_files import SUFFIXES, pairs_from_file
+from workbench.tasks.pair_files import SUFFIXES, count_pairs, pairs_from_file
 from workbench.tasks.pair_tasks import PAIR_TASKS
 from workbench.tasks.pairs import METRICS, PairTask, right
 from workbench.tasks.task import NONE
@@ -23,11 +23,16 @@ from workbench.tracing import Model
 
 # Pairs of a built-in task, where none are asked for: enough for intervals, few enough for two cores.
 PAIRS = 16
+# One pair has neither an interval nor a p-value.
+FEWEST = 2
 BASELINE = "baseline"
 
 
-def check_task(name: str, metric: str | None = None) -> None:
-    """Refuse a task that is neither built in nor a file, and a metric that does not exist; needs no model."""
+def check_task(name: str, metric: str | None = None, pairs: int | None = None) -> None:
+    """Refuse a task that is neither built in nor a file of two pairs or more, and a metric that does not exist.
+
+    Needs no model: what only a tokenizer tells of a file is refused by `find_pairs`.
+    """
     if metric is not None and metric not in METRICS:
         raise RequestError(f"Metric {metric!r} is unknown; choose from {', '.join(METRICS)}.")
     if name in PAIR_TASKS:
@@ -36,6 +41,14 @@ def check_task(name: str, metric: str | None = None) -> None:
     if file.suffix.lower() in SUFFIXES:
         if not file.is_file():
             raise RequestError(f"There is no file {name}; check the path, or name a built-in task.")
+        count = count_pairs(file, metric=metric or "logit_difference")
+        if count < FEWEST:
+            raise RequestError(
+                f"{name} has one pair, of which nothing can be told from chance; write {FEWEST} pairs or more into it, "
+                f"one a line ({PAIRS} are the default of built-in tasks)."
+            )
+        if pairs is not None and pairs > count:
+            raise RequestError(f"{name} has {count} pairs, fewer than the {pairs} asked for; leave --pairs out.")
         return
     near = difflib.get_close_matches(name, PAIR_TASKS, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -46,7 +59,7 @@ def check_task(name: str, metric: str | None = None) -> None:
 
 def find_pairs(model: Model, name: str, pairs: int | None = None, seed: int = 0, metric: str | None = None) -> PairTask:
     """The pairs of a built-in task, or those of a file (the first `pairs` of them), for a model's tokenizer."""
-    check_task(name, metric)
+    check_task(name, metric, pairs)
     if model.tokenizer is None:
         raise RequestError(f"{model.source.name} has no tokenizer, and tasks are texts; load a model that has one.")
     if name in PAIR_TASKS:
@@ -54,8 +67,6 @@ def find_pairs(model: Model, name: str, pairs: int | None = None, seed: int = 0,
     found = pairs_from_file(name, model.tokenizer, metric=metric or "logit_difference")
     if pairs is None or pairs == len(found):
         return found
-    if pairs > len(found):
-        raise RequestError(f"{name} has {len(found)} pairs, fewer than the {pairs} asked for; leave --pairs out.")
     return found.select(range(pairs))
 
 

@@ -47,11 +47,9 @@ def pairs_from_file(
     ``bos``: None does what the tokenizer does, True puts a start token before each prompt, False none.
     """
     file = Path(path)
-    text = _text(file)
-    rows = _json_lines(text, file) if file.suffix.lower() == ".jsonl" else _csv_lines(text, file)
     pairs: list[Pair] = []
     first = 0
-    for line, fields in rows:
+    for line, fields in _rows(file):
         if len(pairs) == MOST_PAIRS:
             raise RequestError(f"{file}, line {line}: more than {MOST_PAIRS} pairs; split the file.")
         pair = _pair(tokenizer, f"{file}, line {line}", fields, metric)
@@ -65,10 +63,47 @@ def pairs_from_file(
             )
         pairs.append(pair)
     if not pairs:
-        raise RequestError(f"{file} has no pairs; write one a line with the fields clean, corrupt, answer and foil.")
+        raise _no_pairs(file)
     beginning(tokenizer, bos)
     caption = f"from {file.name}"
     return assemble(tokenizer, pairs, name=file.stem, caption=caption, seed=0, bos=bos, metric=metric)
+
+
+def count_pairs(path: str | Path, *, metric: str = "logit_difference") -> int:
+    """How many pairs a file has; refuses, as `pairs_from_file` does, what can be seen without a tokenizer."""
+    file = Path(path)
+    count = 0
+    for line, fields in _rows(file):
+        if count == MOST_PAIRS:
+            raise RequestError(f"{file}, line {line}: more than {MOST_PAIRS} pairs; split the file.")
+        where = f"{file}, line {line}"
+        texts, _ = _plain(where, fields, metric)
+        if texts["clean"] == texts["corrupt"]:
+            raise _equal(where, texts["clean"])
+        for name in ("answer", "foil"):
+            for word in _words(fields.get(name, [])):
+                _string(where, name, word)
+        count += 1
+    if not count:
+        raise _no_pairs(file)
+    return count
+
+
+def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    text = _text(file)
+    return _json_lines(text, file) if file.suffix.lower() == ".jsonl" else _csv_lines(text, file)
+
+
+def _no_pairs(file: Path) -> RequestError:
+    return RequestError(f"{file} has no pairs; write one a line with the fields clean, corrupt, answer and foil.")
+
+
+def _equal(where: str, clean: str) -> RequestError:
+    return RequestError(f"{where}: field 'corrupt' ({_short(clean)}) equals 'clean'; change one word.")
+
+
+def _words(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
 
 
 def _text(file: Path) -> str:
@@ -146,7 +181,8 @@ def _csv_lines(text: str, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise RequestError(f"{file}, line {reader.line_num}: no CSV ({error}); check the quotes.") from error
 
 
-def _pair(tokenizer: PreTrainedTokenizerBase, where: str, fields: Mapping[str, Any], metric: str) -> Pair:
+def _plain(where: str, fields: Mapping[str, Any], metric: str) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
+    """Texts and places of a line, for which no tokenizer is needed."""
     unknown = [name for name in fields if name not in FIELDS]
     if unknown:
         raise RequestError(f"{where}: field {unknown[0]!r} is unknown; choose from {', '.join(FIELDS)}.")
@@ -156,11 +192,15 @@ def _pair(tokenizer: PreTrainedTokenizerBase, where: str, fields: Mapping[str, A
         raise RequestError(f"{where}: field {missing[0]!r} is missing; each pair needs {', '.join(needed)}.")
     texts = {name: _string(where, name, fields[name]) for name in ("clean", "corrupt", "reference", "template")
              if name in fields}  # fmt: skip
+    return texts, _places(where, texts["clean"], fields.get("roles", {}))
+
+
+def _pair(tokenizer: PreTrainedTokenizerBase, where: str, fields: Mapping[str, Any], metric: str) -> Pair:
+    texts, places = _plain(where, fields, metric)
     clean = texts["clean"]
-    places = _places(where, clean, fields.get("roles", {}))
     _same_length(tokenizer, where, texts)
     if encode(tokenizer, clean).ids == encode(tokenizer, texts["corrupt"]).ids:
-        raise RequestError(f"{where}: field 'corrupt' ({_short(clean)}) equals 'clean'; change one word.")
+        raise _equal(where, clean)
     answers = {name: _answers(tokenizer, where, name, clean, fields.get(name, [])) for name in ("answer", "foil")}
     both = set(answers["answer"]) & set(answers["foil"])
     if both:
@@ -197,9 +237,8 @@ def _same_length(tokenizer: PreTrainedTokenizerBase, where: str, texts: Mapping[
 
 
 def _answers(tokenizer: PreTrainedTokenizerBase, where: str, name: str, clean: str, value: object) -> tuple[int, ...]:
-    listed = value if isinstance(value, list) else [value]
     found = []
-    for one in listed:
+    for one in _words(value):
         word = _string(where, name, one)
         token = continuation(tokenizer, clean, word)
         if token is None:
