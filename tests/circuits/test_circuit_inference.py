@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from workbench.circuits.inference import gap_refusal, mean_effect, q_values, recovery, sign_flip_p
+from workbench.circuits.inference import gap_doubt, gap_refusal, mean_effect, q_values, recovery, sign_flip_p
 
 
 def test_recovery_is_a_ratio_of_means_and_is_not_clipped() -> None:
@@ -26,6 +26,16 @@ def test_a_vanishing_gap_is_refused_with_its_reason() -> None:
     assert "score alike" in gap_refusal(clean, corrupt)
     assert np.isnan(recovery(np.ones((3, 2)), clean, corrupt).value).all()
     assert not gap_refusal(clean, np.array([-5.0, 4.0]))
+
+
+def test_a_gap_that_may_be_of_either_sign_is_doubted() -> None:
+    rng = np.random.default_rng(0)
+    corrupt = rng.normal(0, 1, 16)
+    clean = corrupt + rng.normal(0, 1, 16)
+    clean += 0.01 - (clean - corrupt).mean()
+    assert not gap_refusal(clean, corrupt)
+    assert "0.01 [" in gap_doubt(clean, corrupt) and "not told from 0" in gap_doubt(clean, corrupt)
+    assert not gap_doubt(clean + 5, corrupt) and not gap_doubt(clean[:1], corrupt[:1])
 
 
 def test_sign_flips_are_all_taken_for_few_prompts() -> None:

@@ -40,6 +40,23 @@ def gap_refusal(clean: Float[np.ndarray, " prompt"], corrupt: Float[np.ndarray, 
     )
 
 
+def gap_doubt(clean: Float[np.ndarray, " prompt"], corrupt: Float[np.ndarray, " prompt"], seed: int = 0) -> str:
+    """Why shares of the gap say nothing about other prompts: its 95 % interval holds 0; empty where they do.
+
+    They may then be of any size and either sign, and tables give effects in units of the metric alone.
+    """
+    gap = clean - corrupt
+    if len(gap) < 2:
+        return ""
+    low, high = np.percentile(_resampled(len(gap), seed, RESAMPLES) @ gap, [2.5, 97.5])
+    if not low <= 0 <= high:
+        return ""
+    return (
+        f"the gap between the clean and the corrupt run, {gap.mean():.4g} [{low:.4g}, {high:.4g}] over {len(gap)} "
+        "pairs, is not told from 0, so that no share of it is given; take more pairs, another corruption or metric"
+    )
+
+
 def recovery(
     effects: Float[np.ndarray, "change prompt"],
     clean: Float[np.ndarray, " prompt"],
