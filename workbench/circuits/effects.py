@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from workbench.circuits.inference import gap_refusal, mean_effect, q_values, recovery, sign_flip_p
+from workbench.circuits.inference import gap_doubt, gap_refusal, mean_effect, q_values, recovery, sign_flip_p
 from workbench.circuits.spots import Change
 from workbench.models.snippet import snippet
 
@@ -80,7 +80,7 @@ class Effects:
     @property
     def refusal(self) -> str:
         """Why recovery is NaN throughout; empty where it is not."""
-        return gap_refusal(self.clean, self.corrupt)
+        return gap_refusal(self.clean, self.corrupt) or gap_doubt(self.clean, self.corrupt, self.seed)
 
     def table(self) -> pd.DataFrame:
         """One row a change and direction.
@@ -108,11 +108,12 @@ class Effects:
                 continue
             part, clean, corrupt = effects[np.ix_(rows, prompts)], self.clean[prompts], self.corrupt[prompts]
             raw = mean_effect(part, self.seed)
+            reason[rows] = self.refusal or gap_refusal(clean, corrupt) or gap_doubt(clean, corrupt, self.seed)
             normalised = recovery(part, clean, corrupt, self.seed)
-            reason[rows] = gap_refusal(clean, corrupt)
             columns["value"][rows] = self.values[direction][np.ix_(rows, prompts)].mean(1)
             columns["effect"][rows], columns["effect_low"][rows], columns["effect_high"][rows] = raw
-            columns["recovery"][rows], columns["low"][rows], columns["high"][rows] = normalised
+            if not reason[rows][0]:
+                columns["recovery"][rows], columns["low"][rows], columns["high"][rows] = normalised
             columns["p"][rows] = sign_flip_p(part, self.seed)
         frame = self._places()
         frame.insert(0, "direction", direction)
