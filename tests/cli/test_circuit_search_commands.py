@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from workbench.runs import Run
@@ -152,8 +153,64 @@ def test_an_evaluation_equals_the_library_on_other_prompts(evaluated, scored, mo
     assert {"cpr", "cmd", "stability_jaccard"} <= set(run.table("measures")["measure"])
     assert len(run.table("random_circuits").query("method == 'eap'")) == 6
     assert set(run.table("faithfulness")["method"]) > {"eap"}
-    for text in ("ranked by sign", "random circuits", "CPR", "Kept:", "no ROC curve"):
+    for text in ("ranked by sign", "random circuits", "CPR", "no ROC curve", "With 4 pairs the intervals say little"):
         assert text in evaluated[1]
+    kept = run.manifest["circuits"]["circuit"]
+    assert ("Kept:" in evaluated[1]) == (kept["faithfulness"] >= 0.8)
+    assert (f"No circuit of {kept['method']} below the whole model" in evaluated[1]) == (kept["faithfulness"] < 0.8)
+
+
+def test_two_pairs_have_no_intervals(call, scored, tmp_path):
+    words = ("--pairs", 2, "--fractions", "0.5,1", "--random", 1, "--out", tmp_path / "run")
+    result = call("circuits", "evaluate", scored[0], *words)
+    assert result.exit_code == 0 and "With 2 pairs there are no intervals" in result.stdout, result.output
+    run = Run.open(tmp_path / "run")
+    assert run.table("faithfulness")[["low", "high"]].isna().all(axis=None)
+    measures = run.table("measures").set_index("measure")
+    assert measures.loc[["cpr", "cmd"], ["low", "high"]].isna().all(axis=None)
+    # Stability is over the four pairs of the scores.
+    assert measures.loc["stability_jaccard", ["low", "high"]].notna().all()
+
+
+@pytest.mark.parametrize(
+    ("edges", "value", "said"),
+    [
+        (0, -4e-8, "at any size that was tried; none does better than having no edge at all (faithfulness 0.00)."),
+        (90, 0.55, "the best, at 10 % of the edges (90 of which lead somewhere), reaches 0.55 [0.40 to 0.60]."),
+        (90, 0.85, "Kept: 90 of 900 edges of eap, faithfulness 0.85."),
+    ],
+)
+def test_what_was_kept_is_not_called_faithful_where_it_is_not(edges, value, said):
+    from workbench.cli.circuit_tables import chosen_sentence
+
+    kept = {
+        "method": "eap", "ranking": "absolute", "fraction": 0.1, "edges": edges, "of": 900, "faithfulness": value,
+    }  # fmt: skip
+    row = {"method": "eap", "ranking": "absolute", "fraction": 0.1, "edges": edges, "value": value}
+    assert chosen_sentence(kept, pd.DataFrame([row | {"low": 0.4, "high": 0.6}])).endswith(said)
+
+
+def test_a_known_circuit_of_another_model_is_told_as_in_reports(evaluated, capsys):
+    from workbench.cli.circuit_tables import show_evaluation
+    from workbench.cli.session import Session
+    from workbench.reports.circuits import circuits_view
+
+    run = Run.open(evaluated[0])
+    run.manifest["circuits"]["known_circuit"] = {"model": "gpt2", "paper": "Wang et al. 2022"}
+    show_evaluation(Session(()), run)
+    said = (
+        "A circuit of this task is known in gpt2 (Wang et al. 2022); this run is not held against it, so that there is "
+        "no ROC curve."
+    )
+    assert said in capsys.readouterr().out and said in circuits_view(run).notes
+
+
+def test_rounding_is_zero_beside_its_bounds():
+    from workbench.cli.tables import estimate
+
+    assert estimate(-4e-8, 0.0, 3e-8) == "0.00 [0.00, 0.00]"
+    assert estimate(-4e-8, -0.1, 0.2, sign=True) == "0.00 [-0.10, 0.20]"
+    assert estimate(5e-5, 4e-5, 6e-5) == "5.0e-05 [0.0000, 0.0001]"
 
 
 def test_the_kept_circuit_is_exported_and_read_back(evaluated, call, model_folder, tmp_path):

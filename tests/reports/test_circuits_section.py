@@ -73,6 +73,12 @@ def test_a_task_that_fails_and_a_gap_that_vanishes_are_told(patch: Any) -> None:
     assert 'data-figure="patch-map-0"' in render(failing)
 
 
+def test_too_few_pairs_are_told_once_for_both_directions(patch: Any) -> None:
+    few = replace(patch, frames=patch.frames | {"effects": effects().assign(n=4, p=0.5, q=0.9)})
+    said = str(circuits_summary(few))
+    assert said.count("p cannot fall below 0.12") == 1 == said.count("16 pairs or more")
+
+
 def test_the_page_has_maps_tables_prompts_and_escapes_them(patch: Any) -> None:
     content = build(patch)
     assert set(content.figures) == {"patches"} and set(content.figures["patches"]) == {"patch-map-0", "patch-points-0"}
@@ -101,6 +107,11 @@ def test_negative_results_of_circuits_are_told(patch: Any) -> None:
         frames={"faithfulness": curve, "random_circuits": random},
     )  # fmt: skip
     assert "No circuit of EAP below the whole model is 80 % faithful" in str(circuits_summary(weak))
+    assert "the best, at 10 % of the edges, reaches 0.40 [0.30 to 0.50]" in str(circuits_summary(weak))
+    assert "no ROC curve" in "".join(circuits_view(weak).notes)
+    few = replace(weak, manifest=patch.manifest | {"circuits": ABOUT | {"what": "evaluate", "n": 4}})
+    assert str(circuits_summary(few)).count("With 4 pairs the intervals say little") == 1
+    assert "the intervals say little" not in str(circuits_summary(weak))
     strong = replace(weak, frames=weak.frames | {"faithfulness": curve.assign(value=[0.1, 0.9, 1.0])})
     said = str(circuits_summary(strong))
     assert "is 0.90 faithful" in said and "no better than chance" in said

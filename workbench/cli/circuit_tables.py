@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from workbench.cli.session import Session, printable
-from workbench.cli.tables import estimate, plain, probability, show_table, table
+from workbench.cli.tables import ascii_signs, estimate, plain, probability, show_table, table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,6 +57,8 @@ def tell_pairs(session: Session, run: Run) -> None:
 
 def show_effects(session: Session, run: Run, top: int = TOP) -> None:
     """The strongest places of each direction."""
+    from workbench.reports.circuit_sentences import told_apart
+
     frame = run.table("effects")
     for direction, rows in frame.groupby("direction", sort=False):
         known = rows.dropna(subset=["effect"])
@@ -73,9 +75,9 @@ def show_effects(session: Session, run: Run, top: int = TOP) -> None:
             )  # fmt: skip
         found = int((known["q"] < 0.05).sum())
         show_table(session, f"What is {_WORDS[str(direction)]}: {found} of {len(known)} places at q < 0.05", made)
-    least = 2.0 ** (1 - int(frame["n"].max()))
-    if not (frame["q"] < 0.05).any() and least > 0.05 / len(frame):
-        session.say(f"With so few pairs p cannot fall below {plain(least)}; --pairs 16 or more tells chance apart.")
+    caution = told_apart(frame)
+    if caution:
+        session.say(caution)
 
 
 def _columns(rows: pd.DataFrame) -> list[str]:
@@ -141,7 +143,9 @@ def show_scores(session: Session, run: Run, top: int = TOP) -> None:
 
 
 def show_evaluation(session: Session, run: Run) -> None:
-    """Faithfulness by size beside random circuits, and the measures."""
+    """Faithfulness by size beside random circuits, the measures, and what they do not show."""
+    from workbench.reports.circuit_sentences import few_pairs, known_circuit
+
     curve = run.table("faithfulness")
     random = run.table("random_circuits") if run.has_table("random_circuits") else None
     for (method, ranking), rows in curve.groupby(["method", "ranking"], sort=False):
@@ -163,14 +167,29 @@ def show_evaluation(session: Session, run: Run) -> None:
         name = str(row["measure"]).replace("_", " ")
         made.add_row(row["method"], name, estimate(row["value"], row["low"], row["high"]), printable(row["note"]))
     show_table(session, "Measures (CPR: higher is better, CMD: lower)", made)
-    chosen = run.manifest["circuits"].get("circuit")
-    if chosen:
-        session.say(
-            f"Kept: {chosen['edges']:,} of {chosen['of']:,} edges of {chosen['method']}, "
-            f"faithfulness {plain(chosen['faithfulness'])}."
-        )
-    if not run.manifest["circuits"].get("compared"):
-        session.say("No circuit of this task is known in this very model, so that there is no ROC curve.")
+    about = run.manifest["circuits"]
+    known = known_circuit(about, run.has_table("roc"))
+    for sentence in (few_pairs(about.get("n")), chosen_sentence(about.get("circuit"), curve), known):
+        if sentence:
+            session.say(ascii_signs(sentence))
+
+
+def chosen_sentence(kept: Mapping[str, Any] | None, curve: pd.DataFrame) -> str:
+    """The circuit that was kept; that none is faithful enough, where none is."""
+    from workbench.figures.text import number
+    from workbench.reports.circuit_sentences import WHOLE, best_below
+    from workbench.reports.circuit_summary import FAITHFUL
+
+    value = None if not kept else kept["faithfulness"]
+    if not kept or value is None or value != value:
+        return ""
+    if value < FAITHFUL and kept["ranking"] != "given":
+        same = (curve["method"] == kept["method"]) & (curve["ranking"] == kept["ranking"])
+        return best_below(kept["method"], curve[same & (curve["fraction"] == kept["fraction"])].iloc[0].to_dict())
+    return (
+        f"Kept: {kept['edges']:,} of {kept['of']:,} edges of {kept['method']}, faithfulness "
+        f"{number(value, beside=WHOLE)}" + (", which is below 80 %." if value < FAITHFUL else ".")
+    )
 
 
 def show_circuits(session: Session, run: Run) -> None:

@@ -148,7 +148,7 @@ def show_verification(session: Session, rows: pd.DataFrame) -> None:
         )
         sentences.append(
             f"{row['detector']}, {metric} ({row['unit']}, {row['better']} is better; {row['n']} prompts): "
-            f"{_ascii(found.sentence)}"
+            f"{ascii_signs(found.sentence)}"
         )
     forms = ", ".join(dict.fromkeys(map(str, rows["how"])))
     show_table(session, f"Ablation ({forms}) of the k heads together, against matched random heads", made)
@@ -178,25 +178,29 @@ def plain(value: object, *, sign: bool = False) -> str:
     """A number for people."""
     from workbench.figures.text import number, signed
 
-    return _ascii(signed(value) if sign else number(value))
+    return ascii_signs(signed(value) if sign else number(value))
 
 
 def estimate(value: object, low: object, high: object, *, sign: bool = False) -> str:
-    """`0.93 [0.91, 0.95]`."""
-    from workbench.figures.text import interval
+    """`0.93 [0.91, 0.95]`; a value that is rounding beside its bounds is zero."""
+    from workbench.figures.text import interval, number, signed
 
-    bounds = _ascii(interval(low, high)).replace(" to ", ", ")
-    return f"{plain(value, sign=sign)} [{bounds}]" if bounds else plain(value, sign=sign)
+    bounds = ascii_signs(interval(low, high)).replace(" to ", ", ")
+    if not bounds:
+        return plain(value, sign=sign)
+    written = (signed if sign else number)(value, beside=(float(low), float(high)))  # type: ignore[arg-type]
+    return f"{ascii_signs(written)} [{bounds}]"
 
 
 def probability(value: object) -> str:
     """A p or q value for people."""
     from workbench.figures.text import probability as written
 
-    return _ascii(written(value))
+    return ascii_signs(written(value))
 
 
-def _ascii(text: str) -> str:
+def ascii_signs(text: str) -> str:
+    """With the plain minus and dash."""
     return text.replace("−", "-").replace("–", "-")
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from workbench.figures.text import interval, number, readable, signed
 from workbench.figures.verdict import SIGNIFICANT
+from workbench.reports.circuit_sentences import WHOLE, best_below, few_pairs, told_apart
 from workbench.reports.source import RunLike, frame, model_named
 
 _VERBS = {"denoising": "restores", "noising": "breaks"}
@@ -68,17 +69,14 @@ def _patched(run: RunLike) -> list[Markup]:
                 places(best.to_frame().T).iloc[0], verb, number(best["recovery"]), _bounds(best),
             )
         )  # fmt: skip
-        least = 2.0 ** (1 - int(known["n"].max()))
-        if not count and least > 0.05 / len(known):
-            text = Markup("With {} pairs p cannot fall below {}, so that this says little; take 16 or more.")
-            parts.append(text.format(int(known["n"].max()), number(least)))
         if worst["recovery"] < -0.02:
             parts.append(
                 Markup("<b>{}</b> works against the task ({}{}).").format(
                     places(worst.to_frame().T).iloc[0], signed(worst["recovery"]), _bounds(worst)
                 )
             )
-    return parts
+    # Once for both directions, which have the same pairs.
+    return [*parts, *map(escape, filter(None, [told_apart(effects)]))]
 
 
 def _bounds(row: Any) -> str:
@@ -121,12 +119,9 @@ def _evaluated(run: RunLike) -> list[Markup]:
             continue
         enough = rows[(rows["value"] >= FAITHFUL) & (rows["fraction"] < 1)].sort_values("fraction")
         if enough.empty:
-            small = rows[rows["fraction"] < 1].sort_values("value").iloc[-1]
-            parts.append(
-                Markup(
-                    "No circuit of {} below the whole model is 80 % faithful; the best, {} of the edges, reaches {}{}."
-                ).format(method, _share(small["fraction"]), number(small["value"]), _bounds(small))
-            )  # fmt: skip
+            below = rows[rows["fraction"] < 1].dropna(subset=["value"])
+            if len(below):
+                parts.append(escape(best_below(str(method), below.loc[below["value"].idxmax()].to_dict())))
             continue
         first = enough.iloc[0]
         parts.append(
@@ -135,13 +130,13 @@ def _evaluated(run: RunLike) -> list[Markup]:
             )
         )
         parts += _beside(first, random)
-    return parts
+    return [*parts, *map(escape, filter(None, [few_pairs(run.manifest["circuits"].get("n"))]))]
 
 
 def _alone(method: str, row: Any) -> Markup:
     """A circuit that a method chose itself."""
     return Markup("{} keeps {} of the edges and is {} faithful{}.").format(
-        method[:1].upper() + method[1:], _share(row["fraction"]), number(row["value"]), _bounds(row)
+        method[:1].upper() + method[1:], _share(row["fraction"]), number(row["value"], beside=WHOLE), _bounds(row)
     )
 
 
@@ -158,7 +153,7 @@ def _beside(row: Any, random: pd.DataFrame | None) -> list[Markup]:
     found = same.iloc[0]
     text = Markup("Random circuits of that size reach {} at most{}.")
     better = "" if found["high"] < row["value"] else ", so that it is no better than chance"
-    return [text.format(number(found["high"]), better)]
+    return [text.format(number(found["high"], beside=WHOLE), better)]
 
 
 def _share(fraction: float) -> str:

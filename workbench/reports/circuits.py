@@ -21,6 +21,7 @@ from workbench.figures import (
 )
 from workbench.figures.patching import measured
 from workbench.figures.text import interval, number, probability, readable, signed
+from workbench.reports.circuit_sentences import WHOLE, known_circuit
 from workbench.reports.circuit_summary import places
 from workbench.reports.source import RunLike, frame
 
@@ -291,8 +292,10 @@ def _curve_table(curve: pd.DataFrame, random: pd.DataFrame | None) -> Cells:
                 f"{row['method']}, {_RANKED.get(str(row.get('ranking')), 'all')}",
                 f"{100 * row['fraction']:.3g} %",
                 number(row.get("edges"), places=0),
-                number(row["value"]) + (f" [{bounds}]" if bounds else ""),
-                "–" if drawn is None else f"{number(drawn['value'])} [{interval(drawn['low'], drawn['high'])}]",
+                number(row["value"], beside=WHOLE) + (f" [{bounds}]" if bounds else ""),
+                "–"
+                if drawn is None
+                else f"{number(drawn['value'], beside=WHOLE)} [{interval(drawn['low'], drawn['high'])}]",
             )
         )
     return Cells(
@@ -346,8 +349,7 @@ def _notes(run: RunLike, about: Mapping[str, Any]) -> Iterator[str]:
     if about.get("dropped"):
         listed = ", ".join(f"{count} {what}" for what, count in about["dropped"].items())
         yield f"Left out, as this tokenizer cannot take them: {listed}."
-    known = about.get("known_circuit")
+    known = known_circuit(about, "roc" in run.tables)
     if known:
-        held = "" if "roc" in run.tables else "; this run is not held against it"
-        yield f"A circuit of this task is known in {known['model']} ({known['paper']}){held}."
+        yield known
     yield from map(str, about.get("notes") or ())

@@ -38,6 +38,8 @@ KIND = "evaluate"
 FAITHFUL = 0.8
 # The share of edges whose circuit is resampled for its stability.
 STABILITY_AT = 0.05
+# Of fewer pairs an interval is no more than the pairs themselves.
+FEWEST = 3
 Loaded = Mapping[str, Scores | Circuit]
 
 
@@ -146,6 +148,8 @@ def evaluation_run(
             "ablation": _WORDS.get(settings.ablation, settings.ablation),
         }
         about |= {"compared": known is not None}
+        if isinstance(known, KnownCircuit):
+            about["known_circuit"] = {"model": known.model, "paper": known.paper}
         baseline(model, task, writer, told, settings.metric)
         for number, (name, one) in enumerate(found.items()):
             step = f"evaluate:{name}"
@@ -183,7 +187,10 @@ def _digest(one: Scores | Circuit) -> float:
 
 def _write(writer: RunWriter, number: int, made: Evaluation, told: pd.DataFrame) -> None:
     part = str(number)
-    writer.table(f"faithfulness/{part}", made.curve())
+    curve = made.curve()
+    if made.n < FEWEST:
+        curve = curve.assign(low=np.nan, high=np.nan)
+    writer.table(f"faithfulness/{part}", curve)
     writer.table(f"prompt_faithfulness/{part}", made.per_prompt())
     writer.table(f"measures/{part}", told)
     random, roc = made.random(), made.roc()
@@ -199,13 +206,14 @@ def _write(writer: RunWriter, number: int, made: Evaluation, told: pd.DataFrame)
 
 
 def measures(made: Evaluation, one: Scores | Circuit, settings: EvaluationSettings) -> pd.DataFrame:
-    """One row a measure of a method: value, interval, and what random circuits have."""
+    """One row a measure of a method: value, interval (of 3 pairs or more), and what random circuits have."""
     rows: list[dict[str, Any]] = []
     for row in made.summary().to_dict("records"):
         for name in ("cpr", "cmd"):
             if not np.isnan(row[name]):
                 beside = f"random circuits {row[f'{name}_random']:.3f}" if settings.random else ""
-                rows.append(_measure(row["method"], name, row[name], row[f"{name}_low"], row[f"{name}_high"], beside))
+                low, high = (row[f"{name}_low"], row[f"{name}_high"]) if made.n >= FEWEST else (np.nan, np.nan)
+                rows.append(_measure(row["method"], name, row[name], low, high, beside))
         areas = [f"auc_{of}" for of in ("edges", "nodes") if not np.isnan(row.get(f"auc_{of}", np.nan))]
         rows += [_measure(row["method"], area, row[area], np.nan, np.nan, "0.5 by chance") for area in areas]
     if isinstance(one, Scores) and one.per_prompt is not None and len(one.per_prompt) > 1 and settings.resamples > 1:
@@ -217,7 +225,8 @@ def measures(made: Evaluation, one: Scores | Circuit, settings: EvaluationSettin
             f"{found['by_chance']:.3f}; {'stable' if found['stable'] else 'not stable'} (pairs {found['pairwise']:.2f})"
         )
         method = next(point.method for point in made.points)
-        rows.append(_measure(method, "stability_jaccard", found["jaccard"], found["low"], found["high"], note))
+        low, high = (found["low"], found["high"]) if one.n >= FEWEST else (np.nan, np.nan)
+        rows.append(_measure(method, "stability_jaccard", found["jaccard"], low, high, note))
     if not rows:
         rows.append(_measure(made.points[0].method, "edges", made.points[0].circuit.size, np.nan, np.nan, ""))
     return pd.DataFrame(rows)
