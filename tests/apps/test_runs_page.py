@@ -56,3 +56,13 @@ def test_a_run_is_deleted_only_after_a_question(visit, spare, runs_folder):
     page.click("#runs-delete-yes")
     page.until("!document.querySelector('.ag-center-cols-container').textContent.includes('spare')")
     assert not (runs_folder / spare).exists()
+
+
+def test_a_narrow_window_shows_page_and_navigation(visit):
+    page = visit("/compare?a=scores&b=scores-again", viewport={"width": 800, "height": 900})
+    page.wait_for_selector("#compare-table .ag-row")
+    # What is clicked has to be on top: a navigation over the page would take it.
+    page.click("main h2")
+    page.click("nav a:text-is('Runs')")
+    page.wait_for_selector("#runs-search")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")

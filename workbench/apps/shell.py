@@ -43,7 +43,7 @@ def frame(pages: Sequence[Page]) -> Any:
                     dmc.AppShellMain(html.Main(id="page", tabIndex="-1")),
                 ],
                 header={"height": 52},
-                navbar={"width": 168, "breakpoint": "md", "collapsed": {"mobile": False}},
+                navbar={"width": {"base": 120, "lg": 168}, "breakpoint": 0},
                 padding="md",
             ),
             dmc.NotificationContainer(id="notifications", position="bottom-right"),
