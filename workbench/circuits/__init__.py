@@ -1,5 +1,7 @@
 """Circuits: what is moved between two runs of a model, and what that says about its parts."""
 
+from workbench.circuits.alignment import LearnedSubspace as LearnedSubspace
+from workbench.circuits.alignment import learn_subspace as learn_subspace
 from workbench.circuits.asked import Asked as Asked
 from workbench.circuits.asked import ask as ask
 from workbench.circuits.attribution import attribute as attribute
@@ -53,5 +55,6 @@ from workbench.circuits.subspaces import Subspace as Subspace
 from workbench.circuits.subspaces import orthonormal as orthonormal
 from workbench.circuits.subspaces import patch_subspaces as patch_subspaces
 from workbench.circuits.subspaces import principal_subspace as principal_subspace
+from workbench.circuits.subspaces import random_subspace as random_subspace
 from workbench.circuits.subspaces import written_subspace as written_subspace
 from workbench.circuits.trials import Trials as Trials

@@ -75,9 +75,8 @@ class Engine:
         """The receiving run's stream after a layer."""
         return self.base.at("resid_pre", layer + 1) if layer < self.last else self.base.at("resid_post", layer)
 
-    @torch.no_grad()
     def run(self, lanes: Sequence[Lane], finish: Finish) -> None:
-        """Run lanes (by layer), all together; `finish` takes the logits of all."""
+        """Run lanes (by layer), all together; `finish` takes the logits of all, through which gradients flow."""
         flights: dict[int, _Flight] = {}
         for layer in range(min(lane.layer for lane in lanes), self.last + 1):
             starting = [lane for lane in lanes if lane.layer == layer]

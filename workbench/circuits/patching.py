@@ -222,7 +222,8 @@ class Runner:
             self._tell(at)
 
         for chunk in chunks(job.lanes, rows):
-            engine.run(chunk, finish)
+            with torch.no_grad():
+                engine.run(chunk, finish)
         self._tell(job.unchanged)
         runs = int(job.exists.sum())
         naive = runs * group.tokens * self.model.spec.n_layers

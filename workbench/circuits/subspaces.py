@@ -1,9 +1,9 @@
 """Patching within a subspace: only what an activation has along given directions is exchanged.
 
-For directions found by training (distributed alignment search, Geiger et al. 2023, arXiv 2303.02536), for what one
-head writes or reads, and for low-rank versions of q, k and v (Lieberum et al. 2023, arXiv 2307.09458): a head's q, k
-or v kept only along its strongest directions. Bases are orthonormal columns. q and k are as they enter the softmax:
-in rotary models a direction of theirs turns with the position, and low ranks are of the rotated vectors.
+For directions found by training (`alignment.learn_subspace`) and random ones beside them, for what one head writes,
+and for low-rank versions of q, k and v (Lieberum et al. 2023, arXiv 2307.09458): a head's q, k or v kept only along
+its strongest directions. Bases are orthonormal columns. q and k are as they enter the softmax: in rotary models a
+direction of theirs turns with the position, and low ranks are of the rotated vectors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from workbench.models import Batch
 from workbench.models.architectures import output_weight
 from workbench.tasks.pairs import PairTask
 from workbench.tracing import Model
-from workbench.tracing.sites import Site
+from workbench.tracing.sites import Site, site_shape
 
 # Orthonormal columns.
 Basis = Float[Tensor, "dim rank"]
@@ -40,8 +40,8 @@ class Subspace:
     mean: Float[Tensor, " dim"] | None = None
 
     def __post_init__(self) -> None:
-        rank = self.basis.shape[1]
-        error = float((self.basis.T @ self.basis - torch.eye(rank).to(self.basis)).abs().max()) if rank else 0.0
+        basis, rank = self.basis.detach(), self.basis.shape[1]
+        error = float((basis.T @ basis - torch.eye(rank).to(basis)).abs().max()) if rank else 0.0
         if error > 1e-3:
             raise RequestError(f"The basis is not orthonormal (error {error:.1e}); pass it through orthonormal(...).")
 
@@ -73,6 +73,27 @@ def principal_subspace(model: Model, reference: Batch, place: Spot, rank: int) -
     return Subspace(directions.T.float(), mean.float())
 
 
+def random_subspace(model: Model, place: Spot, rank: int, seed: int = 0) -> Subspace:
+    """A random subspace of a vector site, every direction as likely: what others of equal rank are compared with."""
+    dim = dimension(model, place)
+    check_rank(place, rank, dim)
+    return orthonormal(torch.randn(dim, rank, generator=torch.Generator().manual_seed(seed)))
+
+
+def dimension(model: Model, place: Spot) -> int:
+    """Entries of the vector at a site (of one head, where it has heads)."""
+    place.check(model.spec)
+    if place.place == "pattern":
+        raise RequestError(f"{place.site} of {place.node} is no vector with directions; patch it as a whole.")
+    return int(site_shape(place.place, model.spec, place.layer, 1, 1)[-1])
+
+
+def check_rank(place: Spot, rank: int, dim: int) -> None:
+    """Refuses ranks that a subspace of the site cannot have."""
+    if not 1 <= rank <= dim:
+        raise RequestError(f"rank={rank}: subspaces of {place.node}.{place.site} have ranks from 1 to {dim}.")
+
+
 def patch_subspaces(
     model: Model,
     task: PairTask,
@@ -97,7 +118,7 @@ def patch_subspaces(
         if spot.site in ("pattern", "mask"):
             raise RequestError(f"{spot.site} of {spot.node} is no vector with directions; patch it as a whole.")
         _of(spot, subspaces)
-    source = _Within(subspaces, how)
+    source = Within(subspaces, how)
     return patch_changes(
         model, task, changes, direction=direction, metric=metric, source=source, options=options, progress=progress
     )
@@ -111,7 +132,9 @@ def _of(spot: Spot, subspaces: Mapping[Spot, Subspace]) -> Subspace:
 
 
 @dataclass(eq=False)
-class _Within(Source):
+class Within(Source):
+    """Values that are exchanged within subspaces alone; see `patch_subspaces`."""
+
     subspaces: Mapping[Spot, Subspace]
     how: str
 
@@ -126,7 +149,7 @@ class _Within(Source):
 class _Mixed(Values):
     same_before: Tensor
     run: Recorded
-    within: _Within
+    within: Within
 
     def at(self, change: int, site: Site, layer: int) -> Tensor:
         return self.run.at(site, layer)
