@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 import workbench
@@ -29,8 +31,10 @@ def handwritten_probes() -> ProbeSettings:
 
 @pytest.fixture(scope="session")
 def toy(trained):
-    """The trained induction toy."""
-    return workbench.load(trained.model)
+    """The trained induction toy: a copy, as it stays attached for the session."""
+    model = copy.deepcopy(trained.model)
+    model.set_attn_implementation("sdpa")
+    return workbench.load(model)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ import pandas as pd
 import xarray as xr
 
 from workbench.errors import RequestError, RunCorrupt, RunNotFound
-from workbench.models.snippet import snippet
 
 from .arrays import read_array
 from .disk import sha256, size
@@ -99,6 +98,9 @@ class Run:
 
     def _repr_html_(self) -> str:
         """What the run is and holds, for notebooks."""
+        # Reading a run needs no torch, which stands behind that package.
+        from workbench.models.snippet import snippet
+
         model = self.manifest.get("model") or {}
         facts = [("kind", self.kind), ("identifier", self.id), ("model", model.get("name", "")),
                  ("created", self.manifest.get("created", "")), ("command", self.manifest.get("command", "")),
