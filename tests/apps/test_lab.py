@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
-import tomllib
 
 import numpy as np
 import pytest
@@ -77,14 +77,24 @@ def test_wrong_trials_are_refused_with_the_reason(fields, words):
         read_trial(fields)
 
 
-def test_a_trial_becomes_a_study_that_is_valid(model):
-    from workbench.studies import Study
+def test_a_trial_becomes_a_study_that_is_valid(tmp_path):
+    from workbench.studies import read_study
 
-    text, command = Trial(("L0H1", "L1H0"), how="zero", probe="induction", draws=12).study("smollm2-135m")
+    trial = Trial(("L0H1", "L1H0"), how="zero", probe="induction", draws=12, seed=3)
+    text, command = trial.study("smollm2-135m")
     assert "workbench study run" in command
-    cells = tomllib.loads(text)["cells"]
-    assert cells[0]["set"]["heads"] == ["L0H1", "L1H0"] and cells[0]["set"]["draws"] == 12
-    assert Study is not None
+    (tmp_path / "study.toml").write_text(text)
+    (cell,) = read_study(tmp_path).cells("smollm2-135m")
+    asked = json.loads(cell.parameters)
+    for name, value in (
+        ("heads", ["L0H1", "L1H0"]),
+        ("how", "zero"),
+        ("probe", "induction"),
+        ("draws", 12),
+        ("seed", 3),
+    ):
+        assert asked[name] == value
+    assert cell.measurement == "verify"
 
 
 def test_trials_are_kept_on_disk_and_unknown_ones_refused(tmp_path, model_folder):

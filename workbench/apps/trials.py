@@ -68,7 +68,8 @@ class Trial:
         """`study.toml` that repeats the probe with these heads, and the command that runs it."""
         probe = self.probe or "held_out"
         heads = ", ".join(json.dumps(str(Head.parse(head))) for head in self.heads)
-        fields = f"heads = [{heads}], probe = {json.dumps(probe)}, how = {json.dumps(self.how)}, draws = {self.draws}"
+        fields = f"heads = [{heads}], probe = {json.dumps(probe)}, how = {json.dumps(self.how)}"
+        fields += f", draws = {self.draws}, seed = {self.seed}"
         lines = [
             "[study]",
             'name = "from-the-lab"',

@@ -46,10 +46,7 @@ def register(app: typer.Typer) -> None:
 
 
 def atlas(
-    model: Annotated[
-        str | None,
-        typer.Argument(metavar="MODEL", help="smollm2-135m, a name on the hub, a local folder, or a GGUF file."),
-    ] = None,
+    model: options.MaybeModel = None,
     detectors: Annotated[
         str | None, typer.Option(metavar="A,B", help="Detectors by name, costly ones too; --list shows all.")
     ] = None,

@@ -54,15 +54,11 @@ def register(app: typer.Typer) -> None:
     app.command(name="discover", cls=Command)(discover)
 
 
-ModelName = Annotated[
-    str | None,
-    typer.Argument(metavar="MODEL", help="smollm2-135m, a name on the hub, a local folder, or a GGUF file."),
-]
 Listing = Annotated[bool, typer.Option("--list", help="Print every method, then stop.")]
 
 
 def attribute(
-    model: ModelName = None,
+    model: options.MaybeModel = None,
     task: Task = "ioi",
     pairs: Pairs = None,
     method: Annotated[
@@ -109,7 +105,7 @@ def attribute(
 
 
 def discover(
-    model: ModelName = None,
+    model: options.MaybeModel = None,
     task: Task = "ioi",
     pairs: Pairs = None,
     method: Annotated[

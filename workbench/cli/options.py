@@ -29,13 +29,12 @@ class DtypeName(StrEnum):
     float16 = "float16"
 
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="smollm2-135m, a name on the hub (organisation/name), a local folder, or a GGUF file.",
-    ),
-]
+_MODEL = typer.Argument(
+    metavar="MODEL", help="smollm2-135m, a name on the hub (organisation/name), a local folder, or a GGUF file."
+)
+Model = Annotated[str, _MODEL]
+# Of commands that only print a list where they are asked to.
+MaybeModel = Annotated[str | None, _MODEL]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
 Dtype = Annotated[DtypeName | None, typer.Option(help="Type of the weights. [default: float32, bfloat16 on CUDA]")]
 Device = Annotated[

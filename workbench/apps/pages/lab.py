@@ -16,7 +16,7 @@ from workbench.apps.context import Context, Page
 from workbench.apps.parts import data_grid, figure_panel
 from workbench.apps.shell import refusal
 from workbench.apps.trials import HOWS, MOST_DRAWS, MOST_NEW, PROBES, read_trial, run_trial
-from workbench.errors import WorkbenchError
+from workbench.errors import RequestError, WorkbenchError
 from workbench.figures import palette, template
 from workbench.figures.text import interval, number, probability, safe, with_caption
 
@@ -231,7 +231,8 @@ def _register(app: Dash, context: Context) -> None:
         heads, *values = given
         trial = read_trial({"heads": heads or [], **dict(zip(_FIELDS, values, strict=True))})
         if len(trial.prompt) > context.settings.most_prompt_characters:
-            raise _too_long(len(trial.prompt), context.settings.most_prompt_characters)
+            most = context.settings.most_prompt_characters
+            raise RequestError(f"The prompt has {len(trial.prompt)} characters; {most} are allowed. Shorten it.")
         name = live.submit(trial.as_dict(), lambda model, progress: run_trial(model, trial, progress))
         label = f"{len(trial.heads)} heads, {trial.how}: {(trial.prompt or trial.probe)[:60]}"
         query = to_query({"trial": name})
@@ -288,10 +289,6 @@ def _history(history: Sequence[Any]) -> Any:
         if isinstance(one, dict)
     ]
     return html.Ul(rows) if rows else html.P("None yet.", className="caption")
-
-
-def _too_long(count: int, most: int) -> WorkbenchError:
-    return WorkbenchError(f"The prompt has {count} characters; {most} are allowed. Shorten it.")
 
 
 PAGE = Page("/lab", "Ablation lab", "Take heads away and see what changes", _layout, _register)
