@@ -44,7 +44,7 @@ def test_a_prompt_is_measured_intact_and_ablated(model):
     expected = intact.logits[0, -1].softmax(-1).topk(10)
     assert [one["id"] for one in found["before"]["next"]] == expected.indices.tolist()
     assert np.allclose([one["p"] for one in found["before"]["next"]], expected.values.numpy(), atol=1e-6)
-    assert np.allclose(found["before"]["loss"], intact.loss[0].numpy(), atol=1e-6)
+    assert np.allclose(found["before"]["loss"], intact.loss[0].numpy(), atol=1e-5)
     assert len(found["before"]["loss"]) == len(found["tokens"]) - 1
     assert found["before"]["loss"] != found["after"]["loss"]
     assert found["before"]["new"] == [

@@ -120,8 +120,8 @@ def test_small_steps_go_down_every_time_and_weights_stay_without_gradients(llama
     spot = Spot(1, "resid_pre", None, "changed")
     found, again, other = (learn_subspace(llama, task, spot, 1, steps=4, rate=1e-3, seed=seed) for seed in (0, 0, 1))
     assert list(found.losses) == sorted(found.losses, reverse=True)
-    assert again.losses == pytest.approx(found.losses, abs=1e-6)
-    assert other.losses[0] != pytest.approx(found.losses[0], abs=1e-6)
+    assert again.losses == pytest.approx(found.losses, abs=1e-5)
+    assert other.losses[0] != pytest.approx(found.losses[0], abs=1e-4)
     weights = list(llama.attachment.hf_model.parameters())
     assert all(one.grad is None and one.requires_grad for one in weights)
 

@@ -44,8 +44,8 @@ def test_scores_come_back_as_they_were(scored, model_folder):
     graph = Graph.of(model)
     read = read_scores(Run.open(scored[0]), graph)
     fresh = attribute(model, find_pairs(model, "lag_induction", 4), "eap")
-    assert np.allclose(read.edges, fresh.edges, atol=1e-6, equal_nan=True)
-    assert np.allclose(read.per_prompt, fresh.per_prompt, atol=1e-6, equal_nan=True)
+    assert np.allclose(read.edges, fresh.edges, atol=1e-5, equal_nan=True)
+    assert np.allclose(read.per_prompt, fresh.per_prompt, atol=1e-5, equal_nan=True)
     assert (read.method, read.task, read.n, read.direction) == ("eap", "lag_induction", 4, "noising")
     table = Run.open(scored[0]).table("edge_scores")
     assert len(table) == graph.count and table["score"].abs().is_monotonic_decreasing

@@ -51,7 +51,7 @@ def test_it_equals_the_library(patch_run, model_folder):
     model = load(model_folder)
     expected = patch_activations(model, find_pairs(model, "lag_induction", 4), "z", "head").table()
     found = Run.open(patch_run[0]).table("effects").query("site == 'z'")
-    assert np.allclose(found["effect"], expected["effect"], atol=1e-6)
+    assert np.allclose(found["effect"], expected["effect"], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -230,5 +230,5 @@ def test_an_interrupted_run_goes_on_with_the_other_direction(patch_run, model_fo
     run = run_patches(model, task, tmp_path / "run", settings=settings, reporter=again)
     assert again.kept == {"baseline": True, "patch:z:denoising": True, "patch:z:noising": False}
     whole = Run.open(patch_run[0]).table("effects").query("site == 'z'").reset_index(drop=True)
-    assert np.allclose(run.table("effects")["effect"], whole["effect"], atol=1e-6)
+    assert np.allclose(run.table("effects")["effect"], whole["effect"], atol=1e-5)
     assert list(run.table("effects")["direction"]) == list(whole["direction"])

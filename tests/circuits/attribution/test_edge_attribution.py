@@ -39,12 +39,17 @@ def by_forks(model: Model, task: PairTask, how: str = "patching") -> np.ndarray:
     return found
 
 
+def same(found: np.ndarray, expected: np.ndarray) -> None:
+    """Equal but for single precision's rounding, which depends on what a processor multiplies at once."""
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.nanmax(np.abs(expected)))
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_gradient_of_every_fork(model_named, task, name) -> None:
     model = model_named(name)
     found = attribute(model, task, "eap")
     expected = by_forks(model, task)
-    np.testing.assert_allclose(found.per_prompt, expected, atol=2e-5 * np.nanmax(np.abs(expected)))
+    same(found.per_prompt, expected)
     np.testing.assert_allclose(found.edges, expected.mean(0), atol=2e-5)
     assert np.nanmax(np.abs(expected)) > 1e-3
 
@@ -138,16 +143,16 @@ def test_integrated_gradients_are_complete(llama, gpt2, task) -> None:
 
 def test_one_step_from_the_left_is_the_corrupt_end(gpt2, task) -> None:
     left = attribute(gpt2, task, "eap-ig", steps=1, rule="left")
-    np.testing.assert_allclose(left.edges, attribute(gpt2, task, "eap", direction="denoising").edges, atol=1e-6)
+    same(left.edges, attribute(gpt2, task, "eap", direction="denoising").edges)
     ends = attribute(gpt2, task, "eap-clean-corrupted")
     both = [attribute(gpt2, task, "eap", direction=way).edges for way in ("noising", "denoising")]
-    np.testing.assert_allclose(ends.edges, np.mean(both, 0), atol=1e-6)
+    same(ends.edges, np.mean(both, 0))
 
 
 def test_however_many_prompts_and_points_run_together(llama, task) -> None:
     whole = attribute(llama, task, "eap-ig", steps=3)
     one = attribute(llama, task, "eap-ig", steps=3, prompts_at_once=1)
-    np.testing.assert_allclose(one.per_prompt, whole.per_prompt, atol=1e-6)
+    same(one.per_prompt, whole.per_prompt)
     assert one.work == whole.work
     assert one.work["backwards"] == 3 * len(task) and one.work["forwards"] == 5 * len(task)
     with pytest.raises(MemoryRefused, match="allowed"):
@@ -160,7 +165,7 @@ def test_little_memory_gives_the_same(llama, task) -> None:
              for limit in (600_000, 1_200_000, 100_000_000)]  # fmt: skip
     assert sizes[0] < sizes[-1] and sizes[-1] == (3, 6)
     small = attribute(llama, task, "eap-ig", steps=6, memory_limit=700_000)
-    np.testing.assert_allclose(small.edges, attribute(llama, task, "eap-ig", steps=6).edges, atol=1e-6)
+    same(small.edges, attribute(llama, task, "eap-ig", steps=6).edges)
 
 
 def test_a_linear_network_is_exact_to_all() -> None:
@@ -173,12 +178,12 @@ def test_a_linear_network_is_exact_to_all() -> None:
             continue
         found = attribute(truth.model, truth.task, method, steps=3)
         # Exact edges are differences of metrics in single precision.
-        np.testing.assert_allclose(found.edges, exact.edges, atol=2e-6 * max(1.0, scale), err_msg=method)
+        np.testing.assert_allclose(found.edges, exact.edges, atol=1e-5 * max(1.0, scale), err_msg=method)
     told = {edge: one for one in truth.outcomes for edge in one.edges if one.how == "noising"}
     found = attribute(truth.model, truth.task, "eap")
     for edge, outcome in told.items():
         gap = float((truth.clean - outcome.metric).mean())
-        np.testing.assert_allclose(found.of(edge), gap, atol=1e-6 * max(1.0, scale), err_msg=str(edge))
+        np.testing.assert_allclose(found.of(edge), gap, atol=1e-5 * max(1.0, scale), err_msg=str(edge))
 
 
 def test_edges_of_planted_models() -> None:

@@ -37,8 +37,8 @@ def test_the_first_token_is_averaged_where_it_is_seen(tiny, name, side):
     scores = FIRST_TOKEN.score([part])
     for prompt in range(len(full)):
         for layer, (first, other) in enumerate(shares(model, part, full, prompt)):
-            np.testing.assert_allclose(scores.values[prompt, layer], first, atol=2e-6)
-            np.testing.assert_allclose(scores.null[prompt, layer], other, atol=2e-6)
+            np.testing.assert_allclose(scores.values[prompt, layer], first, atol=5e-6)
+            np.testing.assert_allclose(scores.null[prompt, layer], other, atol=5e-6)
     if name != "llama":
         assert min(windows(model, 90)) < 90
 
@@ -51,8 +51,8 @@ def test_the_contrast_is_that_of_the_seen_share(tiny, name):
     ]  # fmt: skip
     found = ACTIVE_DORMANT.score(parts)
     truth = [[first for first, _ in shares(model, part, full, prompt)] for prompt in range(len(full))]
-    np.testing.assert_allclose(found.values, truth, atol=2e-6)
-    np.testing.assert_allclose(found.null, truth, atol=2e-6)
+    np.testing.assert_allclose(found.values, truth, atol=5e-6)
+    np.testing.assert_allclose(found.null, truth, atol=5e-6)
 
 
 @each
@@ -63,7 +63,7 @@ def test_uniform_entropy_is_that_over_visible_keys(tiny, name):
         for layer, one in enumerate(layers):
             n = one.a.shape[-1]
             seen = np.minimum(np.arange(n) + 1, windows(model, n)[layer])
-            np.testing.assert_allclose(scores.null[prompt, layer], np.log(seen[1:]).mean(), rtol=1e-6)
+            np.testing.assert_allclose(scores.null[prompt, layer], np.log(seen[1:]).mean(), rtol=1e-5)
             own = -(one.a * one.a.clamp(min=1e-300).log()).sum(-1)[:, 1:].mean(1)
             np.testing.assert_allclose(scores.values[prompt, layer], own.numpy(), rtol=1e-5)
 
