@@ -87,6 +87,17 @@ def test_verify_of_given_heads(call, model_folder, tmp_path):
         assert verdict(row).sentence.replace("−", "-") in line
 
 
+def test_verify_at_half_strength(call, model_folder, tmp_path):
+    """By hand and by detector; the tables, the words and the run's settings say so."""
+    result = good(call("verify", model_folder, "--heads", "L1H0", "--how", "zero", "--strength", 0.5, "--out", "a"))
+    assert "50 % zero" in result.stdout
+    assert Run.open(tmp_path / "a").manifest["settings"]["strength"] == 0.5
+    arguments = ["--detector", "previous_token", "--k", 1, "--probe", "induction", "--strength", 0.5, "--out", "b"]
+    good(call("verify", model_folder, *arguments))
+    run = Run.open(tmp_path / "b")
+    assert run.manifest["settings"]["strength"] == 0.5 and set(run.table("verification").strength) == {0.5}
+
+
 def test_verify_of_a_detector_by_another_probe(call, model_folder, tmp_path):
     arguments = ["--detector", "previous_token", "--k", 2, "--probe", "held_out", "--out", "run"]
     result = good(call("verify", model_folder, *arguments))

@@ -75,6 +75,7 @@ def test_what_cannot_be_honoured_is_refused_in_one_line(call, arguments, says):
     [
         (["verify", "m", "--heads", "L0H0", "--draws", "3"], "--draws"),
         (["verify", "m", "--heads", "L0H0", "--how", "nothing"], "--how"),
+        (["verify", "m", "--heads", "L0H0", "--strength", "1.5"], "--strength"),
         (["heads", "m", "--dtype", "int8"], "--dtype"),
         (["heads"], "MODEL"),
     ],

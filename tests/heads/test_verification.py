@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import workbench
@@ -50,6 +51,19 @@ def test_the_table_says_how_different_the_controls_were(handwritten, handwritten
     first = drawn[drawn["metric"] == table["metric"][0]]
     assert (table["different_draws"] == first["heads"].nunique()).all()
     assert (table["other_layers"] == int((~first["heads"].str.startswith("L0")).any())).all()
+
+
+def test_strength_grows_from_no_effect_to_the_whole_form(handwritten, handwritten_probes):
+    probe = workbench.heads.build_probe("induction", handwritten, handwritten_probes)
+    tables = [verify(handwritten, ["L0H0"], probe=probe, how="zero", strength=s).table for s in (0.0, 0.5, 1.0)]
+    assert [table["strength"].unique().tolist() for table in tables] == [[0.0], [0.5], [1.0]]
+    assert (tables[0][["effect", "control_effect"]] == 0).all(axis=None)
+    whole = verify(handwritten, ["L0H0"], probe=probe, how="zero").table
+    pd.testing.assert_frame_equal(tables[2], whole)
+    effects = [float(table["effect"].iloc[0]) for table in tables]
+    assert effects[0] < effects[1] < effects[2]
+    with pytest.raises(RequestError, match=r"strength=1\.5"):
+        verify(handwritten, ["L0H0"], probe=probe, strength=1.5)
 
 
 def test_too_few_others_are_refused():

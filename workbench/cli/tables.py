@@ -126,6 +126,7 @@ def _reaching(known: pd.DataFrame, detector: Mapping[str, Any]) -> str:
 def show_verification(session: Session, rows: pd.DataFrame) -> None:
     """Each ablation beside its controls, and a sentence on what that shows."""
     from workbench.figures import verdict
+    from workbench.figures.text import form
 
     made = table(
         *("detector", ">k", "metric", "intact -> ablated", "effect [95 %]"),
@@ -150,7 +151,7 @@ def show_verification(session: Session, rows: pd.DataFrame) -> None:
             f"{row['detector']}, {metric} ({row['unit']}, {row['better']} is better; {row['n']} prompts): "
             f"{ascii_signs(found.sentence)}"
         )
-    forms = ", ".join(dict.fromkeys(map(str, rows["how"])))
+    forms = ", ".join(dict.fromkeys(map(form, rows.to_dict("records"))))
     show_table(session, f"Ablation ({forms}) of the k heads together, against matched random heads", made)
     for sentence in sentences:
         session.say(sentence)

@@ -91,6 +91,9 @@ def verify(
         typer.Option(help="What to measure. [default: what the detector's claim is about, or induction]"),
     ] = None,
     how: Annotated[HowName, typer.Option(help="What takes the place of a head's output.")] = HowName.mean,
+    strength: Annotated[
+        float, typer.Option(metavar="S", min=0, max=1, help="How much of a head's output is replaced, from 0 to 1.")
+    ] = 1.0,
     draws: Annotated[int, typer.Option(metavar="N", min=10, help="Random sets of heads to compare with.")] = 10,
     dose: Annotated[
         str | None,
@@ -114,7 +117,7 @@ def verify(
     session = current_session()
     options.one_of("--heads L18H6,L17H3", heads, "--detector induction", detector, "what to ablate")
     named = options.names("--heads", heads, "L18H6,L17H3") or ()
-    asking = Asking(_sizes(dose), single, phase.value, pool.value)
+    asking = Asking(_sizes(dose), single, phase.value, pool.value, strength)
     k = (max(asking.dose, default=0) or 8) if k is None else k
     more = () if asking == Asking() else (asking,)
     path = out or default_run("verify", model, heads, detector, k, probe, how.value, draws, seed, dtype, device, *more)
@@ -145,6 +148,7 @@ class Asking:
     single: bool = False
     phase: str = "both"
     pool: str = "all"
+    strength: float = 1.0
 
     def check(self, heads: int) -> None:
         """Refuse what heads chosen by hand cannot answer."""
@@ -159,7 +163,8 @@ class Asking:
 
     def stated(self) -> dict[str, Any]:
         """What is asked, for the run's settings; nothing where nothing is."""
-        return {} if self == Asking() else {"dose": list(self.dose), "single": self.single, "phase": self.phase}
+        told: dict[str, Any] = {"dose": list(self.dose), "single": self.single, "phase": self.phase}
+        return {} if self == Asking() else told | ({} if self.strength == 1 else {"strength": self.strength})
 
 
 def _sizes(dose: str | None) -> tuple[int, ...]:
@@ -216,6 +221,7 @@ def _settings(
         dose=asking.dose,
         single=asking.single,
         pool=PoolName(asking.pool).value,
+        strength=asking.strength,
     )
     dose_sizes(k, asking.dose)
     check_phase(found.probe_of(detector), found.probes.phase)
@@ -256,8 +262,9 @@ def _verify_heads(session: Session, model: Model, path: Path, asked: dict[str, A
             shown.step("verify", f"{len(chosen)} heads against {asked['draws']} matched random sets", kept=False)
             began = time.monotonic()
             found = verify_heads(
-                model, chosen, probe=probe, how=asked["how"], draws=asked["draws"], seed=asked["seed"],
-                dose=asked.get("dose", ()), single=asked.get("single", False), progress=shown.advance,
+                model, chosen, probe=probe, how=asked["how"], strength=asked.get("strength", 1.0),
+                draws=asked["draws"], seed=asked["seed"], dose=asked.get("dose", ()),
+                single=asked.get("single", False), progress=shown.advance,
             )  # fmt: skip
             writer.table("verification", found.table)
             writer.table("verification_draws", found.draws)

@@ -17,7 +17,7 @@ from plotly.subplots import make_subplots
 
 from workbench.errors import RequestError
 from workbench.figures.controls import KEYS, counted_sets, few_sets, whence, with_controls
-from workbench.figures.text import BY_HAND, interval, probability, readable, safe, signed, with_caption
+from workbench.figures.text import BY_HAND, form, interval, probability, readable, safe, signed, with_caption
 from workbench.figures.theme import Palette, palette, template
 from workbench.figures.verdict import verdict
 
@@ -110,8 +110,8 @@ def _set(row: dict[str, Any], labels: dict[str, str]) -> tuple[str, str]:
     """What to call the ablated heads, and how many there are of them."""
     k, detector = int(row["k"]), str(row["detector"])
     if detector == BY_HAND:
-        return "Chosen by hand", f"{k} {'head' if k == 1 else 'heads'}, {row['how']}"
-    return labels.get(detector, detector), f"top {k}, {row['how']}"
+        return "Chosen by hand", f"{k} {'head' if k == 1 else 'heads'}, {form(row)}"
+    return labels.get(detector, detector), f"top {k}, {form(row)}"
 
 
 def _whose(rows: pd.DataFrame) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -42,6 +42,14 @@ def in_order(text: str) -> str:
     Everything else stays, so this may be applied to any text, also twice.
     """
     return _REORDERING.sub(lambda found: _escape(found[0]), text)
+
+
+def form(row: Mapping[str, Any]) -> str:
+    """How heads of a row of `verification` were ablated, to stand before the word "ablation": `mean`, `50 % mean`."""
+    strength = row.get("strength")
+    if not isinstance(strength, Real) or math.isnan(strength) or strength == 1:
+        return str(row["how"])
+    return f"{float(strength) * 100:.3g} % {row['how']}"
 
 
 def _escape(character: str) -> str:

@@ -39,7 +39,7 @@ from workbench.heads.probes import Probe, ProbeSettings, build_probe
 from workbench.models import Batch, Head
 from workbench.tasks import Metric, TextMetric
 from workbench.tracing import Model, ablate
-from workbench.tracing.edits import Ablation, How
+from workbench.tracing.edits import Ablation, How, check_strength
 from workbench.tracing.generate import Phase
 from workbench.tracing.rotation import mean_queries
 
@@ -60,24 +60,25 @@ class Claim:
 
 @dataclass(frozen=True)
 class Ablator:
-    """How heads are ablated: the form, and what it needs (mean outputs or queries, made once for all heads)."""
+    """How heads are ablated: form and strength, and what the form needs (means, made once for all heads)."""
 
     how: How = "mean"
     means: Mapping[Head, Tensor] | None = None
     reference: Batch | None = field(default=None, repr=False)
+    strength: float = 1.0
 
     @staticmethod
-    def prepare(model: Model, how: How, reference: Batch) -> Ablator:
+    def prepare(model: Model, how: How, reference: Batch, strength: float = 1.0) -> Ablator:
         """Run the reference prompts once, where the form needs them."""
         if how == "mean":
-            return Ablator(how, model.head_outputs(reference, model.spec.heads(), mean=True))
+            return Ablator(how, model.head_outputs(reference, model.spec.heads(), mean=True), strength=strength)
         if how == "q_mean":
-            return Ablator(how, mean_queries(model, reference, model.spec.heads()))
-        return Ablator(how, reference=reference if how == "resample" else None)
+            return Ablator(how, mean_queries(model, reference, model.spec.heads()), strength=strength)
+        return Ablator(how, reference=reference if how == "resample" else None, strength=strength)
 
     def __call__(self, heads: Sequence[Head]) -> Ablation:
         values = None if self.means is None else {head: self.means[head] for head in heads}
-        return ablate(heads, self.how, values=values, reference=self.reference)
+        return ablate(heads, self.how, values=values, reference=self.reference, strength=self.strength)
 
 
 def other_prompts(batch: Batch) -> Batch:
@@ -150,7 +151,7 @@ def verify_claim(
         base = intact[metric.name]
         own, others = effects[0][metric.name], np.stack([effect[metric.name] for effect in effects[1:]])
         tables.append(
-            _summary(claim, metric, base, own, others, ablator.how, seed)
+            _summary(claim, metric, base, own, others, ablator, seed)
             | {"different_draws": len(set(sets[1:])), "other_layers": max(map(partial(strangers, sets[0]), sets[1:]))}
         )
         rows += [
@@ -218,6 +219,7 @@ def verify(
     *,
     probe: str | Probe = "induction",
     how: How = "mean",
+    strength: float = 1.0,
     draws: int = MIN_DRAWS,
     seed: int = 0,
     reference: Batch | None = None,
@@ -230,6 +232,7 @@ def verify(
     """Ablate any head set and compare with matched random sets, e.g. `verify(model, ["L18H6"], probe="induction")`.
 
     Args:
+        strength: how much of each head is replaced, from 0 (nothing, so that there is no effect) to 1; of controls too.
         reference: prompts for `mean` and `q_mean` (prose and code by default, or the probe's own where the model has no
             tokenizer) and `resample` (the probe's own by default, each prompt the next one).
         dose: also the first 1, 2, 4 ... of the heads, each with its own controls.
@@ -240,6 +243,7 @@ def verify(
     chosen = tuple(dict.fromkeys(Head.parse(head) if isinstance(head, str) else Head(*head) for head in heads))
     check_heads([layer.heads for layer in model.spec.layers], chosen)
     _check_draws(draws)
+    check_strength(strength)
     dose_sizes(len(chosen), dose)
     if phase != "both" and not isinstance(probe, str):
         raise RequestError(f"phase={phase!r}: build the probe with ProbeSettings(phase={phase!r}), or name it.")
@@ -250,7 +254,7 @@ def verify(
         reference = other_prompts(made.tasks[0].batch)
     elif reference is None:
         reference = (build_probe("held_out", model, settings) if model.tokenizer is not None else made).tasks[0].batch
-    ablator = Ablator.prepare(model, how, reference)
+    ablator = Ablator.prepare(model, how, reference, strength)
     return verify_sets(
         model, Claim("chosen", chosen, made), ablator, dose=dose, single=single, draws=draws, seed=seed,
         excluded=excluded, progress=progress,
@@ -271,7 +275,7 @@ def _check_draws(draws: int) -> None:
 
 
 def _summary(
-    claim: Claim, metric: Metric | TextMetric, base: Array, own: Array, others: Array, how: How, seed: int
+    claim: Claim, metric: Metric | TextMetric, base: Array, own: Array, others: Array, ablator: Ablator, seed: int
 ) -> dict[str, object]:
     """One row: the effect with its interval, the controls with theirs, and whether they differ prompt by prompt."""
     interval = bootstrap_mean(own[:, None], seed)
@@ -280,7 +284,8 @@ def _summary(
     p = paired_p(own[:, None], others.mean(axis=0)[:, None], worse, seed)
     beaten = own.mean() < mean_control if worse == "lower" else own.mean() > mean_control
     return {
-        "detector": claim.detector, "k": len(claim.heads), "heads": " ".join(map(str, claim.heads)), "how": how,
+        "detector": claim.detector, "k": len(claim.heads), "heads": " ".join(map(str, claim.heads)), "how": ablator.how,
+        "strength": ablator.strength,
         "metric": metric.name, "unit": metric.unit, "better": metric.better,
         "baseline": float(base.mean()), "ablated": float((base + own).mean()), "effect": float(own.mean()),
         "low": float(interval.low[0]), "high": float(interval.high[0]),

@@ -14,7 +14,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from workbench.figures.controls import beyond_mean, counted_sets, few_sets, whence
-from workbench.figures.text import BY_HAND, interval, number, probability, readable, signed
+from workbench.figures.text import BY_HAND, form, interval, number, probability, readable, signed
 from workbench.figures.verdict import Verdict, verdict
 from workbench.reports.catalogue import Catalogue, DetectorInfo, like_null
 from workbench.reports.prompts import too_few
@@ -217,7 +217,7 @@ def _by_hand(run: RunLike, rows: pd.DataFrame) -> list[Markup]:
                 "one head" if one else f"{len(names)} heads",
                 listed,
                 "was ablated" if one else "were ablated together",
-                ", ".join(dict.fromkeys(map(str, tests["how"]))),
+                ", ".join(dict.fromkeys(map(form, tests.to_dict("records")))),
             )
         )
         parts += [_by_hand_effect(row) for row in tests.to_dict("records")]
@@ -309,7 +309,7 @@ def verification_row(row: dict[str, Any], known: Catalogue) -> dict[str, Any]:
         "set": "Chosen by hand" if by_hand else f"{known.get(str(row['detector'])).title}, top {k}",
         "by_hand": by_hand,
         "heads": str(row["heads"]).split(),
-        "how": row["how"],
+        "how": form(row),
         "metric": readable(row["metric"]),
         "unit": row["unit"],
         "better": row["better"],

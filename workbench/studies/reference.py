@@ -12,14 +12,19 @@ from workbench.tracing.edits import How
 REFERENCE_PROMPTS = 16
 
 
-def reference_ablator(model: Model, how: How, probe: Probe, detection: Settings) -> Ablator:
+def reference_ablator(model: Model, how: How, probe: Probe, detection: Settings, strength: float = 1.0) -> Ablator:
     """Mean outputs come from the detectors' own prompts (prose and code; repeats where there is no tokenizer).
 
     Resampled ones have to stand in the probe's own columns, so they come from its other prompts.
     """
     if how not in ("mean", "q_mean"):
-        return Ablator.prepare(model, how, other_prompts(probe.tasks[0].batch)) if how == "resample" else Ablator(how)
+        others = other_prompts(probe.tasks[0].batch) if how == "resample" else None
+        return Ablator(how, reference=others, strength=strength)
+    return Ablator.prepare(model, how, reference_prompts(model, detection), strength)
+
+
+def reference_prompts(model: Model, detection: Settings) -> Batch:
+    """Some of the detectors' own prompts: prose and code, repeats where there is no tokenizer."""
     kind = KINDS["text" if model.tokenizer is not None else "repeated"]
     tasks = kind.tasks(model, detection)
-    ids = [row for task in tasks for row in task.batch.ids[: REFERENCE_PROMPTS // len(tasks)].tolist()]
-    return Ablator.prepare(model, how, Batch.from_ids(ids))
+    return Batch.from_ids([row for task in tasks for row in task.batch.ids[: REFERENCE_PROMPTS // len(tasks)].tolist()])

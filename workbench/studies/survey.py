@@ -41,12 +41,14 @@ from workbench.heads.detector import Array, Detector, Kind
 from workbench.heads.verification import POOLS, Pool, dose_sizes
 from workbench.models import Head
 from workbench.runs import Run, RunWriter, environment
+from workbench.runs.samples import write_samples
 from workbench.studies.examples import example_tables
 from workbench.studies.measuring import measure
 from workbench.studies.reference import reference_ablator
+from workbench.studies.without import recorded
 from workbench.tasks import Task
 from workbench.tracing import Model
-from workbench.tracing.edits import HOWS, How
+from workbench.tracing.edits import HOWS, How, check_strength
 
 VERIFIED = ("sink", "previous_token", "induction", "retrieval")
 
@@ -87,9 +89,9 @@ class SurveySettings:
 
     What suffers is measured by the probe that the detector's claim is about (`Detector.probe`), or by `probe` for all.
     `dose` are sizes of nested sets within the k, `single` tests each of the k alone, and the pool "score_free" keeps
-    heads that the detector itself scores high out of the controls. `examples` is the largest number of heads whose
-    patterns are kept. A `tolerant` survey leaves out detectors that cannot run on the model, with their reasons.
-    `method` is how an atlas draws its map.
+    heads that the detector itself scores high out of the controls. `strength` is how much of a head is replaced.
+    `examples` is the largest number of heads whose patterns are kept. A `tolerant` survey leaves out detectors that
+    cannot run on the model, with their reasons. `method` is how an atlas draws its map.
     """
 
     detectors: tuple[str, ...] | None = None
@@ -105,11 +107,14 @@ class SurveySettings:
     dose: tuple[int, ...] = ()
     single: bool = False
     pool: Pool = "all"
+    strength: float = 1.0
     detection: Settings = field(default_factory=Settings)
     probes: ProbeSettings = field(default_factory=ProbeSettings)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"seed": self.detection.seed}
+        found = asdict(self) | {"seed": self.detection.seed}
+        # Left out where it is whole, so that runs from before it was a setting go on.
+        return {name: value for name, value in found.items() if name != "strength" or value != 1}
 
     def probe_of(self, name: str) -> str:
         """The probe that tests a detector's claim."""
@@ -134,6 +139,7 @@ class SurveySettings:
             raise RequestError(f"how={self.how!r} is no ablation; choose one of {', '.join(HOWS)}.")
         if self.k < 1 or self.top < 1:
             raise RequestError(f"k={self.k}, top={self.top}: name at least one head.")
+        check_strength(self.strength)
         if self.pool not in POOLS:
             raise RequestError(f"pool={self.pool!r}: controls come from one of {', '.join(POOLS)}.")
         dose_sizes(self.k, self.dose)
@@ -161,7 +167,8 @@ def survey(
     """
     settings = settings or SurveySettings()
     chosen = settings.check(len(model.spec.heads()))
-    fingerprint = {"model": model_facts(model), "settings": settings.as_dict(), "kind": kind}
+    asked = settings.as_dict() | recorded(model)
+    fingerprint = {"model": model_facts(model), "settings": asked, "kind": kind}
     title = title or f"Attention heads of {model.source.name}"
     with RunWriter.open(
         path, kind=kind, title=title, fingerprint=fingerprint, overwrite=overwrite, command=command
@@ -219,7 +226,7 @@ class _Survey:
         manifest["model"] = {**manifest.get("model", {}), **model_facts(self.model)}
         manifest["certificate"] = self.model.certificate.as_dict()
         manifest["environment"] = environment()
-        manifest["settings"] = self.settings.as_dict()
+        manifest["settings"] = self.settings.as_dict() | recorded(self.model)
         manifest.setdefault("tops", {})
         manifest.setdefault("skipped", [])
         manifest.setdefault("involved", {})
@@ -242,7 +249,9 @@ class _Survey:
         self.writer.manifest["skipped"] += found.skipped
         if found.detectors:
             self._record_prompts(found.tasks)
-            self._write_scores(kind.name, HeadScores.join(found.scores), found.detectors)
+            joined = HeadScores.join(found.scores)
+            self._write_scores(kind.name, joined, found.detectors)
+            write_samples(self.writer, kind.name, joined.samples, found.tasks)
         self.writer.done(name, seconds=time.monotonic() - began)
 
     def check_any(self) -> None:
@@ -349,9 +358,10 @@ class _Survey:
     def _ablate(self, probe: Probe) -> Ablator:
         """The form of ablation with its values; only resampled ones depend on the probe."""
         if self.settings.how == "resample":
-            return reference_ablator(self.model, "resample", probe, self.settings.detection)
+            return reference_ablator(self.model, "resample", probe, self.settings.detection, self.settings.strength)
         if self._ablator is None:
-            self._ablator = reference_ablator(self.model, self.settings.how, probe, self.settings.detection)
+            asked = self.settings
+            self._ablator = reference_ablator(self.model, asked.how, probe, asked.detection, asked.strength)
         return self._ablator
 
     def _record_prompts(self, tasks: list[Task] | tuple[Task, ...]) -> None:

@@ -17,6 +17,10 @@ are different experiments and are never mixed up (names as in the literature's o
 Where the softmax has a learned sink, `uniform` leaves it nothing; with a q of zero it would keep its share.
 The mean query is taken before rotation and turned to each position; patterns are kept by keeping q and k of every
 later layer, so that what a head removes reaches later layers through their values alone.
+
+Of a `strength` s below 1, z becomes (1 - s) z + s z_ablated, where z is the head's output in the edited run. z is
+linear in the pattern, so that for `uniform`, `to_sink`, `q_mean` and `streaming` this is the same mix of patterns; with
+`frozen_zero`, patterns are kept at every s. s = 0 leaves the model's own numbers to the bit, s = 1 is the whole form.
 """
 
 from __future__ import annotations
@@ -50,7 +54,7 @@ class Ablation:
     they are made from `reference` prompts when the trace starts. `resample` takes what stands in the same
     column of the reference, prompt by prompt (of its one prompt, if it has one). For `q_mean` they are mean queries
     before rotation. `frozen` holds each layer's clean q and k for `frozen_zero`, made when the trace starts;
-    `sinks` and `recent` are how many tokens `streaming` leaves.
+    `sinks` and `recent` are how many tokens `streaming` leaves; `strength` is the share of the replacement.
     """
 
     heads: tuple[Head, ...]
@@ -61,6 +65,7 @@ class Ablation:
     sinks: int = SINKS
     recent: int = RECENT
     frozen: Mapping[int, tuple[Tensor, Tensor]] | None = None
+    strength: float = 1.0
 
     @property
     def takes_values(self) -> bool:
@@ -69,7 +74,8 @@ class Ablation:
     @property
     def unresolved(self) -> bool:
         """Whether reference prompts, or the clean prompts, are still to be run."""
-        return (self.takes_values and self.values is None) or (self.how == "frozen_zero" and self.frozen is None)
+        missing = self.frozen is None if self.how == "frozen_zero" else self.takes_values and self.values is None
+        return missing and self.strength > 0
 
     @property
     def layers(self) -> set[int]:
@@ -163,11 +169,12 @@ def ablate(
     reference: Batch | None = None,
     sinks: int = SINKS,
     recent: int = RECENT,
+    strength: float = 1.0,
 ) -> Ablation:
     """Ablate heads (`"L5H3"` or `Head(5, 3)`).
 
     `mean`, `resample` and `q_mean` need `values` or `reference` prompts; `streaming` leaves the first `sinks` tokens
-    and the last `recent`, the query's own among them.
+    and the last `recent`, the query's own among them; `strength` from 0 to 1 mixes the head with its replacement.
     """
     heads = [heads] if isinstance(heads, str) else heads
     chosen = tuple(dict.fromkeys(Head.parse(head) if isinstance(head, str) else Head(*head) for head in heads))
@@ -175,10 +182,17 @@ def ablate(
         raise RequestError(f"how={how!r} is no ablation; choose one of {', '.join(HOWS)}.")
     if sinks < 0 or recent < 1:
         raise RequestError(f"sinks={sinks}, recent={recent}: a streaming head sees at least its own token (recent=1).")
-    made = Ablation(chosen, how, positions, values, reference, sinks, recent)
-    if made.takes_values and made.unresolved and reference is None:
+    check_strength(strength)
+    made = Ablation(chosen, how, positions, values, reference, sinks, recent, strength=float(strength))
+    if made.takes_values and values is None and reference is None:
         raise RequestError(f"ablate(how={how!r}) needs reference prompts: pass reference=model.batch([...]).")
     return made
+
+
+def check_strength(strength: float) -> None:
+    """Refuse what is no share."""
+    if not 0 <= strength <= 1:
+        raise RequestError(f"strength={strength}: choose 0 (the model as it is) to 1 (the whole ablation).")
 
 
 def patch(
@@ -233,13 +247,22 @@ def apply_ablation(
     While decoding, `first` is the column of each prompt's first token among the keys of the call.
     """
     heads = edit.in_layer(call.layer)
-    if not heads:
+    if not heads or edit.strength == 0:
         return z
     z = z.clone()
     for head in heads:
         value = _replacement(z[:, head.head], call, edit, head, rows, rotation, first)
-        z[:, head.head] = masked(z[:, head.head], value.to(z.dtype), edit.positions, rows)
+        value = _mixed(z[:, head.head], value, edit.strength)
+        z[:, head.head] = masked(z[:, head.head], value, edit.positions, rows)
     return z
+
+
+def _mixed(z: Tensor, value: Tensor, strength: float) -> Tensor:
+    """(1 - s) z + s value, in float32 at least; the value itself at 1."""
+    if strength == 1:
+        return value.to(z.dtype)
+    wide = torch.promote_types(z.dtype, torch.float32)
+    return torch.lerp(z.to(wide), value.to(wide), strength).to(z.dtype)
 
 
 def _replacement(
@@ -265,10 +288,10 @@ def _replacement(
 
 def frozen_call(call: AttentionCall, edit: Ablation, rows: slice) -> AttentionCall:
     """The call with the clean run's q and k, where the edit keeps this layer's patterns."""
-    if edit.frozen is None or call.layer not in edit.frozen:
+    if edit.frozen is None or call.layer not in edit.frozen or edit.strength == 0:
         return call
     q, k = (
-        site[rows, : call.q.shape[2]].transpose(1, 2).to(given)
+        site[rows, : given.shape[2]].transpose(1, 2).to(given)
         for site, given in zip(edit.frozen[call.layer], (call.q, call.k), strict=True)
     )
     return replace(call, q=q, k=k)

@@ -90,9 +90,9 @@ class Bench:
         self.note(probe.tasks)
         return probe
 
-    def ablator(self, how: How, probe: Probe, settings: Settings) -> Ablator:
+    def ablator(self, how: How, probe: Probe, settings: Settings, strength: float = 1.0) -> Ablator:
         """A form of ablation with what it needs."""
-        return reference_ablator(self.model, how, probe, settings)
+        return reference_ablator(self.model, how, probe, settings, strength)
 
     def note(self, tasks: Iterable[Task]) -> None:
         """Prompts that the cell at hand reads."""

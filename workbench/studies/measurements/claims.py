@@ -118,6 +118,8 @@ class Verify(Probed):
     single: bool = False
     draws: Annotated[int, Field(ge=MIN_DRAWS)] = MIN_DRAWS
     pool: Pool = "all"
+    # Not written where it is whole: cells from before it was a parameter keep their address.
+    strength: Annotated[float, Field(ge=0, le=1, exclude_if=lambda strength: strength == 1)] = 1.0
 
     @model_validator(mode="after")
     def _sensible(self) -> Verify:
@@ -143,8 +145,9 @@ def _verify(bench: Bench, asked: Verify, progress: Progress | None) -> Tables:
         barred = involved(scores, asked.detector) if asked.pool == "score_free" else barred
     check_heads([layer.heads for layer in model.spec.layers], claim.heads)
     found = verify_sets(
-        model, claim, bench.ablator(asked.how, probe, asked.settings()), dose=asked.dose, single=asked.single,
-        draws=asked.draws, seed=asked.probe_settings().seed, excluded=barred, progress=progress,
+        model, claim, bench.ablator(asked.how, probe, asked.settings(), asked.strength),
+        dose=asked.dose, single=asked.single, draws=asked.draws, seed=asked.probe_settings().seed, excluded=barred,
+        progress=progress,
     )  # fmt: skip
     told = {"probe": asked.probe_name, "phase": asked.phase, "pool": asked.pool}
     tables = {"verification": found.table.assign(**told), "verification_draws": found.draws.assign(how=asked.how)}
