@@ -70,6 +70,11 @@ class HowName(StrEnum):
     streaming = "streaming"
 
 
+Strength = Annotated[
+    float, typer.Option(metavar="S", min=0, max=1, help="How much of a head's output is replaced, from 0 to 1.")
+]
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command(name="verify", cls=Command)(verify)
@@ -91,9 +96,7 @@ def verify(
         typer.Option(help="What to measure. [default: what the detector's claim is about, or induction]"),
     ] = None,
     how: Annotated[HowName, typer.Option(help="What takes the place of a head's output.")] = HowName.mean,
-    strength: Annotated[
-        float, typer.Option(metavar="S", min=0, max=1, help="How much of a head's output is replaced, from 0 to 1.")
-    ] = 1.0,
+    strength: Strength = 1.0,
     draws: Annotated[int, typer.Option(metavar="N", min=10, help="Random sets of heads to compare with.")] = 10,
     dose: Annotated[
         str | None,
@@ -104,8 +107,7 @@ def verify(
         PhaseName, typer.Option(help="Ablate while the prompt is read, while the answer is written, or in both.")
     ] = PhaseName.both,
     pool: Annotated[
-        PoolName,
-        typer.Option(help="Draw controls from all other heads, or from those that the detector scores low."),
+        PoolName, typer.Option(help="Draw controls from all other heads, or from those that the detector scores low.")
     ] = PoolName.all,
     seed: options.Seed = 0,
     out: options.Out = None,
