@@ -21,7 +21,7 @@ from workbench.dynamics.handwritten import handwritten_induction
 from workbench.errors import MissingExtra, ModelRefused, RequestError, SourceError
 from workbench.models import loading, smollm2
 from workbench.models.checkpoints import hash_files, hash_parameters
-from workbench.models.loading import Loaded, Source, resolve, stated_heads
+from workbench.models.loading import Source, resolve, stated_heads
 from workbench.models.testing import TINY
 
 IDS = torch.tensor([[1, 5, 9, 9, 30]])
@@ -64,7 +64,7 @@ def hub(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_folder(folder: Path) -> None:
-    model, tokenizer, source = resolve(str(folder), device="cpu")
+    model, tokenizer, source, _ = resolve(str(folder), device="cpu")
     assert torch.equal(logits(model), logits(TINY["llama"]()))
     assert not model.training
     assert tokenizer is not None
@@ -168,7 +168,7 @@ def test_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SourceError, match=r"The GGUF file .*Tiny\.Q4_1\.gguf cannot be read"):
         resolve(file, device="cpu")
     monkeypatch.setattr(loading, "load_gguf", lambda *_: (TINY["llama"](), tiny_tokenizer()))
-    model, tokenizer, source = resolve(str(file), device="cpu", dtype="bfloat16")
+    model, tokenizer, source, _ = resolve(str(file), device="cpu", dtype="bfloat16")
     assert model.dtype == torch.bfloat16
     assert tokenizer is not None
     assert source == Source("Tiny.Q4_1", "gguf", str(file), None, hashlib.sha256(b"GGUF").hexdigest(), None)
@@ -232,22 +232,22 @@ def test_a_model_in_memory() -> None:
     loaded = resolve((model, tokenizer))
     assert loaded[:2] == (model, tokenizer)
     assert (loaded.source.kind, loaded.source.path) == ("memory", None)
-    assert resolve(model) == Loaded(model, None, loaded.source)
+    assert resolve(model)[:3] == (model, None, loaded.source)
     assert resolve(handwritten_induction()).source.name == "ToyModel"
 
 
 def test_the_weights_name_a_model_in_memory() -> None:
-    sha256 = hash_parameters(TINY["gpt2"]())
-    assert sha256 == hash_parameters(TINY["gpt2"]())
+    sha256 = hash_parameters(TINY["gpt2"]().named_parameters())
+    assert sha256 == hash_parameters(TINY["gpt2"]().named_parameters())
     changed = TINY["gpt2"]()
     with torch.no_grad():
         changed.transformer.h[2].attn.c_attn.bias[5] += 1e-6
-    assert hash_parameters(changed) != sha256
-    assert hash_parameters(TINY["gpt2"]().to(torch.bfloat16)) != sha256
+    assert hash_parameters(changed.named_parameters()) != sha256
+    assert hash_parameters(TINY["gpt2"]().to(torch.bfloat16).named_parameters()) != sha256
     # Name order and raw bytes, so that the sum can be made elsewhere.
     linear = torch.nn.Linear(2, 1)
     raw = linear.bias.detach().numpy().tobytes() + linear.weight.detach().numpy().tobytes()
-    assert hash_parameters(linear) == hashlib.sha256(raw).hexdigest()
+    assert hash_parameters(linear.named_parameters()) == hashlib.sha256(raw).hexdigest()
 
 
 def test_a_model_in_memory_is_not_changed() -> None:
@@ -386,7 +386,7 @@ def test_smollm2_converts_to_what_the_gguf_file_holds(
     assert getattr(first.model.config, "quantization_config", None) is None
 
     started = time.perf_counter()
-    model, tokenizer, source = resolve("smollm2-135m", device="cpu")
+    model, tokenizer, source, _ = resolve("smollm2-135m", device="cpu")
     # Two seconds on an idle machine; other tests may be running.
     assert time.perf_counter() - started < 10
     assert source == first.source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from math import prod
 
 import pytest
@@ -10,10 +11,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from workbench.errors import HeadError, MemoryRefused, RequestError
-from workbench.models.architectures import locate
+from workbench.models.architectures import describe, locate
+from workbench.models.testing import TINY
 from workbench.tracing import SHAPES, SITES, Model
 from workbench.tracing.plan import PATTERN_LIMIT_BYTES
-from workbench.tracing.sites import parse_site, site_shape
+from workbench.tracing.sites import HOOKS, parse_site, site_shape
 
 LENGTHS = (21, 1, 9)
 one = pytest.mark.parametrize("subject", ["llama"], indirect=True)
@@ -151,6 +153,44 @@ def test_hook_names_of_transformer_lens(subject, make_batch) -> None:
             assert model.trace(batch, sites=[f"blocks.0.attn.hook_{name}"]).sites.keys() == {(name, 0)}
 
 
+@one
+def test_every_hook_name_is_its_site(subject, make_batch) -> None:
+    model, batch = subject.model, make_batch((6,))
+    names = {name: site for name, site in HOOKS.items() if not (site in ("q", "k") and "rot" not in name)}
+    trace = model.trace(batch, sites=[f"blocks.1.{name}" for name in names])
+    assert trace.sites.keys() == {(site, 1) for site in HOOKS.values()}
+    for name, site in names.items():
+        assert trace.site(f"blocks.1.{name}") is trace.site(site, 1)
+        # With and without the block, and with or without `attn.`, as TransformerLens takes them.
+        if name not in ("hook_in", "hook_out"):
+            assert parse_site(name, model.spec) == (site, None)
+        if name.startswith("attn.hook") and name != "attn.hook_out":
+            assert parse_site(name.removeprefix("attn."), model.spec) == (site, None)
+    assert parse_site("blocks.0.attn.hook_resid_pre") == ("resid_pre", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "nearest"),
+    [
+        ("blocks.2.attn.hook_zz", "blocks.2.attn.hook_z"),
+        ("hook_patern", "attn.hook_pattern"),
+        ("blocks.1.hook_resid_mdi", "blocks.1.hook_resid_mid"),
+        ("blocks.0.attn.o.hook_im", "blocks.0.attn.o.hook_in"),
+        ("resid_prev", "resid_pre"),
+    ],
+)
+def test_unknown_names_say_the_nearest(text: str, nearest: str) -> None:
+    with pytest.raises(RequestError, match=f"is no site; .* The nearest name is '{re.escape(nearest)}'"):
+        parse_site(text)
+
+
+def test_outputs_before_a_norm_are_refused() -> None:
+    spec = describe(TINY["gemma2"]())
+    with pytest.raises(RequestError, match=r"'attn.hook_out' is what goes into a norm in gemma2; .* is hook_attn_out"):
+        parse_site("attn.hook_out", spec)
+    assert parse_site("attn.hook_out", describe(TINY["qwen3"]())) == ("attn_out", None)
+
+
 def test_resid_mid_is_refused_where_there_is_none(subject, make_batch) -> None:
     if subject.model.spec.parallel:
         with pytest.raises(RequestError, match="resid_mid does not exist"):
@@ -162,8 +202,8 @@ def test_resid_mid_is_refused_where_there_is_none(subject, make_batch) -> None:
 @one
 def test_wrong_requests_are_named(subject, make_batch) -> None:
     model, batch = subject.model, make_batch((8, 5))
-    for text in ("zz", "hook_z", "blocks.1.attn.hook_scores", "blocks.x.attn.hook_z"):
-        with pytest.raises(RequestError, match=f"{text.rsplit('hook_')[-1]}' is no site; sites are q, k, v, pattern"):
+    for text in ("zz", "blocks.1.attn.hook_scores", "blocks.x.attn.hook_z", "hook_in", "blocks.1.z"):
+        with pytest.raises(RequestError, match=f"{re.escape(text)}' is no site; sites are q, k, v, pattern"):
             model.trace(batch, sites=[text])
     with pytest.raises(HeadError, match=r"'blocks.3.attn.hook_z' of layer 3: layers run from 0 to 2"):
         model.trace(batch, sites=["blocks.3.attn.hook_z"])

@@ -42,6 +42,8 @@ class Blocks:
 
     def __init__(self, attachment: Attachment, tokens: int) -> None:
         self.attachment, self.tokens = attachment, tokens
+        if attachment.host.interferes:
+            raise CannotRun(f"edits or hooks of {attachment.host.name} act in every pass of the whole model")
         self._given = self._arguments()
         self.rows = 0
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from workbench.errors import ModelRefused
 from workbench.models import fields
+from workbench.models.adapters.host import plain
 from workbench.models.spec import LayerSpec, Spec
 
 
@@ -246,7 +247,7 @@ def describe(hf_model: nn.Module) -> Spec:
 
 
 def _layer(config: Any, row: Architecture, modules: LayerModules) -> LayerSpec:
-    attention, where = modules.attention, f"{config.model_type}: layer {modules.index}"
+    attention, where = plain(modules.attention), f"{config.model_type}: layer {modules.index}"
     if not getattr(attention, "is_causal", True):
         raise ModelRefused(f"{where} is not causal; only causal attention is reproduced.")
     weight = getattr(modules.projection, "weight", None)

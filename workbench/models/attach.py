@@ -28,6 +28,7 @@ from workbench.kernels import (
     attention_pattern,
     attention_statistics,
 )
+from workbench.models.adapters import Host
 from workbench.models.architectures import LayerModules, describe, locate
 from workbench.models.spec import Spec
 
@@ -106,10 +107,10 @@ _WATCHED: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Attachment], in
 class Attachment:
     """One model under observation: its spec, its modules, and whoever watches its attention at the moment."""
 
-    def __init__(self, hf_model: nn.Module) -> None:
-        self.hf_model = cast(Any, hf_model)
-        self.spec: Spec = describe(hf_model)
-        self.layers: tuple[LayerModules, ...] = locate(hf_model)
+    def __init__(self, hf_model: nn.Module | Host) -> None:
+        self.host = hf_model if isinstance(hf_model, Host) else Host(hf_model)
+        self.hf_model = cast(Any, self.host.running)
+        self.spec: Spec = describe(self.hf_model)
         self._observer: Observer | None = None
         previous = self.hf_model.config._attn_implementation
         if previous == KEY:
@@ -118,17 +119,22 @@ class Attachment:
                 "attachment, detach() it first, or give this model a configuration of its own."
             )
         _register()
+        take_back = self.host.install()
+        self._restore = weakref.finalize(self, _restore, self.hf_model, previous, take_back)
+        # At the end of the process there is nothing left to restore it for.
+        self._restore.atexit = False
+        self.layers: tuple[LayerModules, ...] = tuple(
+            replace(layer, attention=self.host.native(layer.attention)) for layer in locate(self.hf_model)
+        )
         self.hf_model.set_attn_implementation(KEY)
         if self.hf_model.config._attn_implementation != KEY:
+            self._restore()
             raise ModelRefused(
-                f"{self.spec.architecture}: {type(hf_model).__name__} does not take its attention from "
+                f"{self.spec.architecture}: {type(self.host.hf_model).__name__} does not take its attention from "
                 "transformers' AttentionInterface, so its attention cannot be watched."
             )
         for layer in self.layers:
             _WATCHED[layer.attention] = (weakref.ref(self), layer.index)
-        self._restore = weakref.finalize(self, _restore, self.hf_model, previous)
-        # At the end of the process there is nothing left to restore it for.
-        self._restore.atexit = False
 
     @property
     def device(self) -> torch.device:
@@ -149,6 +155,7 @@ class Attachment:
             raise RequestError("The model is detached; load it again to trace it.")
         if self._observer is not None:
             raise RequestError("The model is being traced already; finish that trace first.")
+        self.host.check()
         self._observer = observer
         try:
             yield
@@ -160,8 +167,9 @@ class Attachment:
         return call.output() if self._observer is None else self._observer(call)
 
 
-def _restore(hf_model: Any, implementation: str) -> None:
+def _restore(hf_model: Any, implementation: str, take_back: Callable[[], None]) -> None:
     hf_model.set_attn_implementation(implementation)
+    take_back()
 
 
 def _register() -> None:

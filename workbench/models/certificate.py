@@ -13,6 +13,8 @@ mixtures of experts, in our run as between any two backends.
 5. padding, left and right: padding changes nothing for real tokens.
 6. edit: zeroing a layer's z changes the logits (and putting back its own z does not); layers that write nothing
    are passed over.
+7. adapter, where a library runs the model: our logits against those of its own call, and each pattern against its
+   own, where it gives patterns.
 
 The probe is two prompts of random tokens; the second repeats its first half, which gives induction something to
 attend to.
@@ -21,7 +23,7 @@ attend to.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 
 from workbench.errors import CertificateFailed, RequestError
 from workbench.kernels import StatisticsRequest, attention_pattern
+from workbench.models.adapters import Host
 from workbench.models.architectures import LayerModules, describe, locate
 from workbench.models.attach import Attachment, AttentionCall
 from workbench.models.batch import Batch
@@ -78,17 +81,21 @@ class _Untouched:
     batch: Batch
     logits: Tensor
     z: list[Tensor]
+    own_logits: Tensor | None = None
+    own_patterns: tuple[Tensor, ...] = ()
 
 
-def attach_model(hf_model: nn.Module, *, seed: int = 0) -> tuple[Attachment, Certificate]:
+def attach_model(model: nn.Module | Host, *, seed: int = 0) -> tuple[Attachment, Certificate]:
     """Attach and certify; raises `CertificateFailed` if a check fails, and leaves the model as it was."""
+    host = model if isinstance(model, Host) else Host(model)
+    hf_model = host.running
     probe = _probe(hf_model, seed)
-    untouched = _run_untouched(hf_model, probe)
+    untouched = _own(host, _run_untouched(hf_model, probe))
     if hf_model.training and not torch.equal(untouched.logits, _run_untouched(hf_model, probe).logits):
         raise RequestError(
             "The model is in training mode and two runs of it differ (dropout); call model.eval() first."
         )
-    attachment = Attachment(hf_model)
+    attachment = Attachment(host)
     try:
         certificate = Certificate(tuple(_checks(attachment, untouched)))
         certificate.require()
@@ -122,6 +129,13 @@ def _run_untouched(hf_model: nn.Module, batch: Batch) -> _Untouched:
         for hook in hooks:
             hook.remove()
     return _Untouched(batch, logits, z)
+
+
+@torch.no_grad()
+def _own(host: Host, untouched: _Untouched) -> _Untouched:
+    """With what the library around the model gives by its own call."""
+    ids = untouched.batch.ids
+    return replace(untouched, own_logits=host.own_logits(ids), own_patterns=tuple(host.own_patterns(ids)))
 
 
 def forward(hf_model: Any, batch: Batch, **options: Any) -> Tensor:
@@ -161,6 +175,22 @@ def _checks(attachment: Attachment, untouched: _Untouched) -> list[Check]:
             error = _padding(attachment, untouched, side)
             checks.append(_close(f"padding {side}", error, tolerance, "a shorter prompt, alone and padded"))
         checks.extend(_edits(attachment, untouched, tolerance))
+        checks.extend(_adapter(attachment, untouched, logits, calls, tolerance))
+    return checks
+
+
+def _adapter(
+    attachment: Attachment, untouched: _Untouched, logits: Tensor, calls: list[AttentionCall], tolerance: float
+) -> list[Check]:
+    """Against the library's own call."""
+    checks, name = [], attachment.host.name
+    if untouched.own_logits is not None:
+        error = _logit_error(logits, untouched.own_logits)
+        checks.append(_close(f"{name} logits", error, tolerance, "against the library's own call"))
+    if untouched.own_patterns:
+        pairs = zip(calls, untouched.own_patterns, strict=True)
+        error = _worst(float((call.pattern() - own).abs().max()) for call, own in pairs)
+        checks.append(_close(f"{name} patterns", error, tolerance, f"largest difference in {len(calls)} layers"))
     return checks
 
 

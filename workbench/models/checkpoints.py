@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,10 +68,10 @@ def hash_files(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def hash_parameters(model: nn.Module) -> str:
-    """SHA-256 of the parameters' bytes in order of their names; tied ones count once."""
+def hash_parameters(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
+    """SHA-256 of the bytes of named parameters (tied ones once), in order of their names."""
     digest = hashlib.sha256()
-    for _, parameter in sorted(model.named_parameters()):
+    for _, parameter in sorted(parameters, key=itemgetter(0)):
         flat = parameter.detach().contiguous().cpu().view(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

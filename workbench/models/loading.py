@@ -30,6 +30,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.errors import RequestError, SourceError
 from workbench.models import smollm2
+from workbench.models.adapters import Host, host_of, unwrapped
 from workbench.models.architectures import architecture_of
 from workbench.models.checkpoints import (
     LOAD_ERRORS,
@@ -73,6 +74,7 @@ class Loaded(NamedTuple):
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     source: Source
+    host: Host
 
 
 def resolve(
@@ -82,14 +84,33 @@ def resolve(
     device: torch.device | str | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
+    through: str | None = None,
 ) -> Loaded:
     """Load what `x` names; take a model, or a pair of model and tokenizer, as it is.
+
+    `through` names a library to run a Hugging Face model in ("transformer-lens", "nnsight").
 
     Weights are float32 on the CPU, bfloat16 on CUDA and as stored elsewhere unless `dtype` says otherwise;
     the device is CUDA where there is one.
     """
     if not isinstance(x, str | Path):
-        return _in_memory(x, dtype, device, revision)
+        found = _in_memory(x, dtype, device, revision)
+    else:
+        found = _named(x, dtype, device, revision, progress)
+    if through is None or through == found.host.name:
+        return found
+    if found.host.name != "native":
+        raise RequestError(f"through={through!r}, but the model given is one of {found.host.name}; leave it out.")
+    return found._replace(host=host_of(found.model, found.tokenizer, through))
+
+
+def _named(
+    x: str | Path,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+    revision: str | None,
+    progress: Progress | None,
+) -> Loaded:
     if not str(x).strip():
         raise SourceError(f"The name of the model is empty ({str(x)!r}). {_choices('')}")
     device = _device(device)
@@ -136,7 +157,7 @@ def stated_heads(x: str | Path) -> tuple[int, ...] | None:
 def _from_folder(source: Source, dtype: torch.dtype | str, device: torch.device, progress: Progress | None) -> Loaded:
     report(progress, f"loading {source.name}")
     model, tokenizer = load_folder(Path(cast(str, source.path)), dtype=dtype, device=device)
-    return Loaded(model, tokenizer, source)
+    return Loaded(model, tokenizer, source, Host(model))
 
 
 def _from_gguf(file: Path, dtype: torch.dtype | str | None, device: torch.device, progress: Progress | None) -> Loaded:
@@ -144,16 +165,20 @@ def _from_gguf(file: Path, dtype: torch.dtype | str | None, device: torch.device
     wanted = torch.float32 if dtype is None else _dtype(dtype, device)
     source = Source(file.stem, "gguf", str(file.resolve()), None, hash_files([file]), None)
     model = on_device(model, device, wanted if isinstance(wanted, torch.dtype) else None)
-    return Loaded(model, tokenizer, source)
+    return Loaded(model, tokenizer, source, Host(model))
 
 
 def _in_memory(x: Any, dtype: object, device: object, revision: str | None) -> Loaded:
     model, tokenizer = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
+    host = unwrapped(model)
+    if host is not None:
+        model, tokenizer = host.hf_model, tokenizer or host.tokenizer
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if not isinstance(model, nn.Module) or model_type is None:
         raise RequestError(
             f"A {type(x).__name__} is no model; give a hub name, a folder, a GGUF file, one of "
-            f"{', '.join(BUILTIN)}, a Hugging Face model or a pair of model and tokenizer."
+            f"{', '.join(BUILTIN)}, a Hugging Face model, a bridge of TransformerLens, a model of nnsight, or a pair "
+            "of model and tokenizer."
         )
     if dtype is not None or device is not None or revision is not None:
         raise RequestError(
@@ -165,8 +190,9 @@ def _in_memory(x: Any, dtype: object, device: object, revision: str | None) -> L
     if model.training and dropout:
         raise RequestError(f"The model is in training mode and has dropout ({dropout[0]!r}); call model.eval() first.")
     name = getattr(model.config, "name_or_path", "") or type(model).__name__
-    source = Source(str(name), "memory", None, None, hash_parameters(model), None)
-    return Loaded(cast(PreTrainedModel, model), tokenizer, source)
+    host = Host(model) if host is None else host
+    source = Source(str(name), "memory", None, None, hash_parameters(host.parameters()), None)
+    return Loaded(cast(PreTrainedModel, model), tokenizer, source, host)
 
 
 def _folder_source(folder: Path, kind: Kind, name: str | None = None, revision: str | None = None) -> Source:

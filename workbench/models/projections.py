@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from workbench.errors import ModelRefused
+from workbench.models.adapters import plain
 from workbench.models.architectures import LayerModules, ends, output_weight
 from workbench.models.spec import LayerSpec
 
@@ -173,6 +174,7 @@ def _gained(weight: Float[Tensor, "head d_model width"], norm: NormGain) -> Floa
 
 
 def _gain(norm: nn.Module | None, row: Projections, dtype: torch.dtype) -> NormGain:
+    norm = plain(norm)
     weight = getattr(norm, "weight", None)
     gain = None if weight is None else cast(Tensor, weight).detach().to(dtype) + row.gain_offset
     return NormGain(gain, isinstance(norm, nn.LayerNorm))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from workbench.errors import RequestError
 from workbench.models import Attachment, Batch, Certificate, Head, Spec, attach_model
+from workbench.models.adapters import Adapter
 from workbench.models.batch import are_texts
 from workbench.models.loading import Source, resolve
 from workbench.models.memory import BodyCost, Prediction, free_memory, measure_body
@@ -61,6 +62,11 @@ class Model:
     @property
     def device(self) -> torch.device:
         return self.attachment.device
+
+    @property
+    def adapter(self) -> Adapter:
+        """What runs the model: Hugging Face itself ("native"), or the library around it."""
+        return self.attachment.host.name
 
     def detach(self) -> None:
         """Give the Hugging Face model its own attention back."""
@@ -314,16 +320,18 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
+    through: Adapter | None = None,
 ) -> Model:
     """Load and attach a model, and certify that our view of it is the model.
 
     `x` is a hub name, a local folder, a GGUF file, a built-in name (`smollm2-135m`), a Hugging Face model in
-    memory, or a pair of model and tokenizer. Raises `SourceError` where it cannot be found, `ModelRefused` (by
+    memory, a `TransformerBridge` of TransformerLens, a model of nnsight, or a pair of model and tokenizer. `through`
+    ("transformer-lens", "nnsight") puts a Hugging Face model into that library first. Raises `SourceError` where it cannot be found, `ModelRefused` (by
     name) where an architecture or configuration field is not one that we reproduce, and `CertificateFailed`
     where a check fails.
     """
-    found = resolve(x, dtype=dtype, device=device, revision=revision)
-    attachment, certificate = attach_model(found.model)
+    found = resolve(x, dtype=dtype, device=device, revision=revision, through=through)
+    attachment, certificate = attach_model(found.host)
     return Model(attachment, found.tokenizer, found.source, certificate)
 
 

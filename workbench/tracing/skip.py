@@ -36,20 +36,24 @@ def block_outputs(attachment: Attachment) -> tuple[int, ...]:
 
 @contextmanager
 def skipping(attachment: Attachment, first: int) -> Iterator[None]:
-    """Blocks before layer `first` hand on what they are given; undone on the way out."""
+    """Blocks before layer `first` hand on what they are given; undone on the way out.
+
+    None does where something that the user has set up in another library acts in every pass.
+    """
+    first = 0 if attachment.host.interferes else first
     # Blocks may hold a `forward` of their own already (dispatched over devices).
     held: list[tuple[nn.Module, Any]] = []
     try:
         for layer, outputs in zip(attachment.layers[:first], block_outputs(attachment) if first else (), strict=False):
             held.append((layer.block, vars(layer.block).get("forward")))
-            layer.block.forward = _handing_on(outputs)
+            # Past the setters of modules that hand attributes on to what they wrap.
+            vars(layer.block)["forward"] = _handing_on(outputs)
         yield
     finally:
         for block, own in held:
-            if own is None:
-                del block.forward
-            else:
-                block.forward = own
+            vars(block).pop("forward")
+            if own is not None:
+                vars(block)["forward"] = own
 
 
 def _handing_on(outputs: int) -> Callable[..., Any]:
