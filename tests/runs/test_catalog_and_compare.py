@@ -114,8 +114,9 @@ def test_compare_joins_on_detector_layer_and_head(tmp_path):
     found = compare_runs(a, b)
     assert list(found.columns) == [
         *("detector", "layer", "head", "value_a", "value_b", "difference"),
-        *("low_a", "high_a", "low_b", "high_b", "overlap"),
+        *("low_a", "high_a", "low_b", "high_b", "overlap", "low", "high", "p", "q", "method"),
     ]
+    assert list(found["method"]) == ["none", "intervals", "intervals"]
     assert list(found["detector"]) == ["echo", "sink", "sink"]
     assert list(found["layer"]) == [0, 0, 1]
     np.testing.assert_allclose(found["difference"], [-0.1, -0.2, 0.3])
@@ -123,7 +124,11 @@ def test_compare_joins_on_detector_layer_and_head(tmp_path):
     assert found["overlap"].astype(object).tolist() == [pd.NA, True, False]
     assert found.attrs["same_weights"] is True
     assert found.attrs["same_prompts"] is True
-    assert found.attrs["notes"] == [f"1 scores are in {a.id} only."]
+    ways = (
+        "Differences by 2 detectors: 1 from the two intervals alone, taken as independent; 1 without an interval, as a "
+        "run has one prompt or reads weights."
+    )
+    assert found.attrs["notes"] == [f"1 scores are in {a.id} only.", ways]
     assert (found.attrs["a"], found.attrs["b"]) == (a.id, b.id)
 
 

@@ -39,16 +39,19 @@ def heads(
         int | None,
         typer.Option(min=2, help="Texts of each domain, and repeated sequences. [default: 50 texts, 10 sequences]"),
     ] = None,
+    ablate: options.Ablate = None,
+    how: options.AblateHow = options.StandingName.zero,
     seed: options.Seed = 0,
     out: options.Out = None,
     overwrite: options.Overwrite = False,
     dtype: options.Dtype = None,
     device: options.Device = None,
 ) -> None:
-    """Score every head of a model by detectors, without ablation."""
+    """Score every head of a model by detectors; with --ablate, of the model without some of its heads."""
     session = current_session()
     chosen = options.names("--detectors", detectors, "sink,induction")
-    path = out or default_run("heads", model, chosen, prompts, seed, dtype, device)
+    removed = options.removed(ablate, how)
+    path = out or default_run("heads", model, chosen, prompts, seed, dtype, device, *removed)
     session.writes(path, overwrite=overwrite)
     with session.err.status("importing"):
         from dataclasses import replace
@@ -56,13 +59,17 @@ def heads(
         from workbench.heads import Settings
         from workbench.heads.detection import choose
         from workbench.studies import SurveySettings
+        from workbench.studies.without import able_detectors, without
     choose(chosen)
+    if removed:
+        chosen = able_detectors(chosen)
     detection = Settings(seed=seed)
     if prompts is not None:
         detection = replace(detection, text_prompts=prompts, repeat_prompts=prompts)
     settings = SurveySettings(detectors=chosen, verify=(), detection=detection)
     with attached(session, model, dtype, device) as loaded:
-        run = surveyed(session, loaded, path, settings, "heads", overwrite)
+        measured = without(loaded, removed[:-1], removed[-1], detection) if removed else loaded
+        run = surveyed(session, measured, path, settings, "heads", overwrite)
     show_findings(session, run)
     tell_run(session, path)
 

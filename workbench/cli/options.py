@@ -29,6 +29,17 @@ class DtypeName(StrEnum):
     float16 = "float16"
 
 
+class StandingName(StrEnum):
+    """Ablations that need nothing of the prompt at hand."""
+
+    zero = "zero"
+    mean = "mean"
+    uniform = "uniform"
+    to_sink = "to_sink"
+    q_mean = "q_mean"
+    streaming = "streaming"
+
+
 _MODEL = typer.Argument(
     metavar="MODEL", help="smollm2-135m, a name on the hub (organisation/name), a local folder, or a GGUF file."
 )
@@ -48,6 +59,11 @@ Out = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace a finished run, drop an interrupted one that differs.")
 ]
+Ablate = Annotated[
+    str | None,
+    typer.Option(metavar="L18H6,L3H0", help="Heads that the model does without, to see what the others then do."),
+]
+AblateHow = Annotated[StandingName, typer.Option("--how", help="What takes their place, with --ablate.")]
 Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of prompts, resampling and random controls.")]
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Show the report in the browser.")]
 
@@ -60,6 +76,16 @@ def names(option: str, text: str | None, example: str) -> tuple[str, ...] | None
     if not found:
         raise RequestError(f"{option} {text!r} names nothing; write names with commas between, as in {example}.")
     return found
+
+
+def removed(ablate: str | None, how: StandingName) -> tuple[str, ...]:
+    """The heads that --ablate names, then the form; nothing without --ablate."""
+    heads = names("--ablate", ablate, "L18H6,L3H0")
+    if heads is None and how != StandingName.zero:
+        raise RequestError(
+            f"--how {how.value} says what takes the place of heads; name them too, as in --ablate L18H6."
+        )
+    return () if heads is None else (*heads, how.value)
 
 
 def one_of(first: str, a: object, second: str, b: object, purpose: str) -> None:

@@ -83,11 +83,11 @@ def show(
 
 @app.command(name="compare", cls=Command)
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="Folder of a run with head scores.")],
+    a: Annotated[Path, typer.Argument(metavar="A", help="Folder of a run with head scores, or of a trace.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Folder of another.")],
     top: Annotated[int, typer.Option(min=0, help="Largest differences to print.")] = 10,
 ) -> None:
-    """Compare the head scores of two runs (differences are B less A)."""
+    """Compare head scores, or a trace's statistics, of two runs (differences are B less A, with intervals)."""
     session = current_session()
     with session.err.status("reading"):
         from workbench.runs import Run, compare_runs
@@ -127,20 +127,22 @@ def _show_manifest(session: Session, run: Run) -> None:
 
 
 def _show_agreement(session: Session, found: pd.DataFrame) -> None:
-    made = table("detector", ">heads", ">rank correlation", ">mean |difference|", ">disjoint intervals")
+    from workbench.figures.verdict import SIGNIFICANT
+
+    made = table("detector", ">heads", ">rank correlation", ">mean |difference|", ">told from zero")
     for detector, rows in found.groupby("detector", sort=False):
         both = rows[["value_a", "value_b"]].dropna()
         # The correlation of constant scores does not exist.
         varied = len(both) > 1 and bool((both.nunique() > 1).all())
-        disjoint = int((~rows["overlap"].dropna().astype(bool)).sum())
+        told = int((rows["q"] < SIGNIFICANT).sum())
         made.add_row(
             str(detector),
             str(len(both)),
             plain(both["value_a"].rank().corr(both["value_b"].rank())) if varied else "-",
             plain(rows["difference"].abs().mean()),
-            f"{disjoint} of {int(rows['overlap'].notna().sum())}",
+            f"{told} of {int(rows['q'].notna().sum())}",
         )
-    show_table(session, "Agreement", made)
+    show_table(session, f"Agreement (told from zero: q below {SIGNIFICANT:g} over a detector's heads)", made)
 
 
 def _show_differences(session: Session, found: pd.DataFrame, top: int) -> None:
@@ -148,14 +150,15 @@ def _show_differences(session: Session, found: pd.DataFrame, top: int) -> None:
     rows = found.loc[order]
     if rows.empty:
         return
-    made = table("detector", "head", "A", "B", ">B - A")
+    made = table("detector", "head", "A", "B", "B - A", ">q")
     for row in rows.to_dict("records"):
         made.add_row(
             str(row["detector"]),
             f"L{row['layer']}H{row['head']}",
             estimate(row["value_a"], row["low_a"], row["high_a"]),
             estimate(row["value_b"], row["low_b"], row["high_b"]),
-            plain(row["difference"], sign=True),
+            estimate(row["difference"], row["low"], row["high"], sign=True),
+            plain(row["q"]),
         )
     show_table(session, "Largest differences", made)
 

@@ -67,6 +67,8 @@ def trace(
             metavar="L18H6,L3H0", help="Heads whose whole pattern is stored for the dashboard's zoomable map."
         ),
     ] = None,
+    ablate: options.Ablate = None,
+    how: options.AblateHow = options.StandingName.zero,
     top: Annotated[int, typer.Option(metavar="N", min=0, help="How many heads to name.")] = 5,
     by: Annotated[
         str | None, typer.Option(metavar="NAME", help="The statistic that ranks them. [default: the first]")
@@ -76,20 +78,25 @@ def trace(
     dtype: options.Dtype = None,
     device: options.Device = None,
 ) -> None:
-    """Measure statistics of every head on one text, in one forward pass."""
+    """Measure statistics of every head on one text, in one forward pass; with --ablate, without some heads."""
     session = current_session()
     options.one_of("--prompt 'some text'", prompt, "--file notes.txt", file, "what to read")
     text = _text(prompt, file)
     stored = options.names("--patterns", patterns, "L18H6,L3H0") or ()
-    path = out or default_run("trace", model, text, statistics, dtype, device, *stored)
+    removed = options.removed(ablate, how)
+    if removed and stored:
+        raise RequestError("--patterns keeps patterns of the model as it is; leave it out with --ablate.")
+    path = out or default_run("trace", model, text, statistics, dtype, device, *stored, *removed)
     session.writes(path, overwrite=overwrite)
     with session.err.status("importing"):
         from workbench.models import Head
+        from workbench.studies.without import without
 
         wanted = parse_statistics(statistics)
     ranked = ranking(wanted, by)
     with attached(session, model, dtype, device) as loaded:
         heads = [loaded.spec.check(Head.parse(name)) for name in stored]
+        loaded = without(loaded, removed[:-1], removed[-1]) if removed else loaded
         batch = loaded.batch(text)
         _tell_prediction(session, loaded, batch, wanted)
         run = _trace(session, loaded, batch, wanted, heads, path, overwrite)
@@ -196,9 +203,10 @@ def _trace(
 ) -> Run:
     from workbench.runs import RunWriter, environment
     from workbench.studies.survey import model_facts
+    from workbench.studies.without import recorded
 
     known = model_facts(model)
-    settings: dict[str, Any] = {"statistics": [statistic.name for statistic in wanted]}
+    settings: dict[str, Any] = {"statistics": [statistic.name for statistic in wanted], **recorded(model)}
     if heads:
         settings["patterns"] = [str(head) for head in heads]
     policy = "tokenizer default"

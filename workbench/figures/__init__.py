@@ -14,6 +14,10 @@ from workbench.figures.circuits import circuit_graph as circuit_graph
 from workbench.figures.circuits import score_map as score_map
 from workbench.figures.contrast import domain_scatter as domain_scatter
 from workbench.figures.curves import position_curves as position_curves
+from workbench.figures.differences import depth_scatter as depth_scatter
+from workbench.figures.differences import difference_map as difference_map
+from workbench.figures.differences import pair_scatter as pair_scatter
+from workbench.figures.differences import told_apart as told_apart
 from workbench.figures.dose import dose_curve as dose_curve
 from workbench.figures.dose import has_doses as has_doses
 from workbench.figures.faithfulness import contribution_bars as contribution_bars

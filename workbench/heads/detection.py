@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
@@ -40,13 +40,15 @@ class HeadScores:
     """Scores of all heads by some detectors.
 
     `table`: model, detector, layer, head, value, low, high, n, null, p, q, rank (1 says most). `detectors`: what each
-    measured and on what. `curves`: the course of each detector's own statistic over positions, all heads.
+    measured and on what. `curves`: the course of each detector's own statistic over positions, all heads. `samples`:
+    what each detector found prompt by prompt, where it found that.
     """
 
     table: pd.DataFrame
     detectors: pd.DataFrame
     curves: pd.DataFrame
     domains: pd.DataFrame
+    samples: Mapping[str, PromptScores] = field(default_factory=dict)
 
     def top(self, detector: str, k: int) -> list[Head]:
         """The k heads whose scores say most: the highest, but the lowest entropy and the largest contrast."""
@@ -77,7 +79,8 @@ class HeadScores:
             )
             for name in ("table", "detectors", "curves", "domains")
         ]
-        return HeadScores(*frames)
+        samples = {name: found for part in parts for name, found in part.samples.items()}
+        return HeadScores(*frames, samples=samples)
 
 
 def choose(names: Sequence[str] | None) -> list[Detector]:
@@ -103,7 +106,8 @@ def score(model: Model, detector: Detector, parts: Sequence[Part], seed: int = 0
         "prompts": len(found.values),
     }  # fmt: skip
     domains = _domains(parts, seed) if found.unpaired else pd.DataFrame()
-    return HeadScores(table, pd.DataFrame([row]), _curves(detector, parts), domains)
+    samples = {} if found.exact or len(found.values) < 2 else {detector.name: found}
+    return HeadScores(table, pd.DataFrame([row]), _curves(detector, parts), domains, samples)
 
 
 def detect(

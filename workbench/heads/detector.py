@@ -11,10 +11,12 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.errors import RequestError
 from workbench.heads.inference import Better
 from workbench.heads.settings import Settings
 from workbench.tasks import Task
 from workbench.tracing import Model, Statistic, Trace
+from workbench.tracing.standing import EditedModel
 
 Progress = Callable[[int, int], None]
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -69,7 +71,12 @@ class Kind:
         settings: Settings,
         progress: Progress | None = None,
     ) -> list[Part]:
-        """Every task run once, with what these detectors need of it."""
+        """Every task run once, with what these detectors need of it; `RequestError` where an edit would not be seen."""
+        if isinstance(model, EditedModel) and not self.traced:
+            raise RequestError(
+                f"Prompts of the kind {self.name!r} read weights, gradients or single calls, where the ablation of "
+                f"{', '.join(model.removed['heads'])} would not be seen; measure these detectors on the intact model."
+            )
         if not tasks:
             return [Part(None, self.run(model, None, detectors, settings, progress))]
         parts, total, done = [], sum(len(task) for task in tasks), 0

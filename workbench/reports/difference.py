@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 from workbench.errors import RequestError
-from workbench.figures import head_map
-from workbench.figures.text import interval, number, signed
+from workbench.figures import difference_map, told_apart
+from workbench.figures.text import interval, number, probability, signed
 from workbench.reports.catalogue import Catalogue, DetectorInfo
 from workbench.reports.payload import figure_pair
 from workbench.reports.source import RunLike, head_name, shown_title
@@ -44,7 +44,9 @@ def difference(run: RunLike, against: RunLike | None, known: Catalogue) -> Diffe
     found = compare_runs(run, against)
     shared = set(found["detector"])
     shown = [info for info in known.leading() if info.name in shared]
-    shown = (shown or [info for info in known if info.name in shared])[:MOST_DETECTORS]
+    # Statistics of a trace are in no catalogue.
+    shown = shown or [known.get(str(name)) for name in dict.fromkeys(found["detector"])]
+    shown = shown[:MOST_DETECTORS]
     return Difference(
         title=shown_title(against),
         run_id=against.id,
@@ -62,11 +64,11 @@ def _of(found: pd.DataFrame, info: DetectorInfo) -> pd.DataFrame:
 
 def _told(found: pd.DataFrame, info: DetectorInfo) -> str:
     rows = _of(found, info)
-    judged = rows["overlap"].dropna()
     told = f"{info.title}: {len(rows)} heads in both"
-    if judged.empty:
+    judged = rows["q"].notna()
+    if not judged.any():
         return f"{told}, without intervals."
-    return f"{told}, the intervals of {int((~judged.astype(bool)).sum())} of {len(judged)} lie apart."
+    return f"{told}; the differences of {int(told_apart(rows).sum())} of {int(judged.sum())} are told from zero."
 
 
 def _rows(found: pd.DataFrame, info: DetectorInfo) -> list[dict[str, str]]:
@@ -81,19 +83,13 @@ def _rows(found: pd.DataFrame, info: DetectorInfo) -> list[dict[str, str]]:
             "second": number(row["value_b"], 3),
             "second_interval": interval(row["low_b"], row["high_b"], 3),
             "difference": signed(row["difference"], 3),
-            "apart": "" if pd.isna(row["overlap"]) else "overlap" if row["overlap"] else "apart",
+            "bounds": interval(row["low"], row["high"], 3),
+            "q": probability(row["q"]),
         }
         for row in rows.loc[order].to_dict("records")
     ]
 
 
 def _map(found: pd.DataFrame, info: DetectorInfo, dark: bool) -> Any:
-    rows = _of(found, info)
-    told = rows.assign(value=rows["difference"])[["detector", "layer", "head", "value"]]
-    about = {
-        "title": f"{info.title}, difference",
-        "unit": info.unit,
-        "caption": f"{info.title}: the second run's score less the first's, {len(rows)} heads that both have.",
-        "better": "either",
-    }
-    return head_map(told, info.name, info=about, dark=dark)
+    sides = ("this run", "the other")
+    return difference_map(_of(found, info), info.title, unit=info.unit, sides=sides, dark=dark)

@@ -1,7 +1,8 @@
-"""Two runs side by side: the same detector on the same head, then and now."""
+"""Two runs side by side: the same detector, or the same statistic of a trace, on the same head, then and now."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -10,18 +11,22 @@ import pandas as pd
 from workbench.errors import RunError
 
 from .run import Run
+from .samples import Samples, read_samples
 
 _KEYS = ["detector", "layer", "head"]
 _VALUES = ["value", "low", "high"]
+_BETWEEN = ["low", "high", "p"]
 
 
 def compare_runs(a: Run, b: Run) -> pd.DataFrame:
-    """Head scores of two runs, one row for each detector and head that both have.
+    """Scores of two runs, one row for each detector and head that both have; of two traces, means of statistics.
 
     Columns: detector, layer, head, value_a, value_b, difference (b - a), low_a, high_a, low_b, high_b,
-    overlap (whether the two intervals have a number in common; missing where an interval is). `attrs` of the
-    frame: the runs' ids as `a` and `b`; `same_weights`, `same_prompts` (None if a run does not say); `notes`,
-    sentences on what makes the two less than comparable; `identical`, whether all scores and intervals are the same.
+    overlap (whether the two intervals have a number in common; missing where an interval is); low, high, p, q of the
+    difference (q over the heads of a detector) and the `method` by which it was judged (`.differences.METHODS`).
+    `attrs` of the frame: the runs' ids as `a` and `b`; `same_weights`, `same_prompts` (None if a run does not say);
+    `notes`, sentences on what makes the two less than comparable and on how differences were judged; `identical`,
+    whether all scores and intervals are the same.
     """
     left, right = _scores(a), _scores(b)
     joined = left.merge(right, on=_KEYS, suffixes=("_a", "_b"), sort=True)
@@ -36,12 +41,91 @@ def compare_runs(a: Run, b: Run) -> pd.DataFrame:
     overlap = (bounds["low_a"] <= bounds["high_b"]) & (bounds["low_b"] <= bounds["high_a"])
     joined["overlap"] = overlap.astype("boolean").mask(bounds.isna().any(axis=1))
     order = [*_KEYS, "value_a", "value_b", "difference", *bounds.columns, "overlap"]
-    result = joined[order]
-    result.attrs = _attributes(a, b, len(left) - len(joined), len(right) - len(joined))
+    result = _judged(joined[order], _samples(a), _samples(b))
+    result.attrs = _attributes(
+        a, b, len(left) - len(joined), len(right) - len(joined), bool((result["method"] == "paired").all())
+    )  # fmt: skip
+    result.attrs["notes"] += _ways(result)
     result.attrs["identical"] = left.shape == right.shape and len(joined) == len(left) and _alike(joined)
     if result.attrs["identical"]:
         result.attrs["notes"].append(f"The scores are identical: all {len(joined)}, with their intervals.")
     return result
+
+
+def _judged(joined: pd.DataFrame, of_a: dict[str, Samples], of_b: dict[str, Samples]) -> pd.DataFrame:
+    """The rows with interval, p and q of the difference, by the best way that the runs allow."""
+    # Reading runs needs no torch, which stands behind the heads' statistics.
+    from workbench.heads.inference import q_values
+
+    from .differences import between, from_intervals
+
+    result = joined.assign(**dict.fromkeys((*_BETWEEN, "q"), np.nan), method="none")
+    for name, rows in joined.groupby("detector", sort=False):
+        heads = (rows["layer"].to_numpy(dtype=int), rows["head"].to_numpy(dtype=int))
+        found = None
+        if name in of_a and name in of_b:
+            found = between(of_a[str(name)], of_b[str(name)], heads)
+        if found is None:
+            sides = [tuple(rows[f"{key}_{side}"].to_numpy(dtype=float) for key in _VALUES) for side in "ab"]
+            found = "intervals", from_intervals(*sides)
+        method, values = found
+        for key, value in zip(_BETWEEN, values, strict=True):
+            result.loc[rows.index, key] = value
+        result.loc[rows.index, "q"] = q_values(values.p)
+        result.loc[rows.index[~np.isnan(values.low)], "method"] = method
+    return result
+
+
+def _ways(found: pd.DataFrame) -> list[str]:
+    """How the differences of how many detectors were judged, as sentences."""
+    from .differences import METHODS
+
+    best = found.groupby("detector")["method"].agg(lambda one: next((m for m in METHODS if m in set(one)), "none"))
+    counted = Counter(best)
+    if not set(counted) - {"none"}:
+        return ["Differences have no interval: a run has one prompt, or reads weights."]
+    told = [f"{counted[name]} {words}" for name, words in METHODS.items() if counted[name]]
+    return [f"Differences by {len(best)} detectors: {'; '.join(told)}."]
+
+
+def ablated(run: Run) -> str:
+    """Which heads a run was made without, and how, in words; empty where the model ran as it is."""
+    asked = run.manifest.get("settings", {}).get("ablate")
+    if not isinstance(asked, dict) or not asked.get("heads"):
+        return ""
+    return f"without {', '.join(map(str, asked['heads']))} ({asked.get('how')} ablation)"
+
+
+def removed_heads(a: Run, b: Run) -> list[str]:
+    """Heads that one of two runs was made without, and the other not."""
+    sides = []
+    for run in (a, b):
+        asked = run.manifest.get("settings", {}).get("ablate")
+        sides.append(set(map(str, asked.get("heads", ()))) if isinstance(asked, dict) else set())
+    return sorted(sides[0] ^ sides[1])
+
+
+def same_shape(a: Run, b: Run) -> bool:
+    """Whether heads of one run's model can be heads of the other's by their index."""
+    shapes = [[run.manifest.get("model", {}).get(key) for key in ("layers", "heads")] for run in (a, b)]
+    return shapes[0] == shapes[1]
+
+
+def _samples(run: Run) -> dict[str, Samples]:
+    """Scores of single prompts; of a trace over several prompts, means over each prompt's positions."""
+    if run.has_table("head_scores") or not run.has_array("statistics"):
+        return read_samples(run)
+    array = run.array("statistics")
+    if array.sizes.get("prompt", 1) < 2:
+        return {}
+    prompts = tuple(str(prompt.get("sha256")) for prompt in run.manifest.get("prompts", []))
+    found = {}
+    for name in set(run.table("statistic_means")["statistic"]):
+        values = np.asarray(array[name].to_numpy(), dtype=np.float64)
+        known = ~np.isnan(values)
+        means = np.where(known, values, 0.0).sum(-1) / np.where(known.any(-1), known.sum(-1), np.nan)
+        found[str(name)] = Samples(means, prompts, count=len(means))
+    return found
 
 
 def _alike(joined: pd.DataFrame) -> bool:
@@ -52,9 +136,11 @@ def _alike(joined: pd.DataFrame) -> bool:
 
 def _scores(run: Run) -> pd.DataFrame:
     if not run.has_table("head_scores"):
+        if run.has_table("statistic_means"):
+            return _means(run)
         raise RunError(
             f"the run {run.path} is of kind {run.kind} and has no head scores to compare; "
-            "give one made by `workbench heads` or `workbench demo`"
+            "give one made by `workbench heads`, `workbench trace` or `workbench demo`"
         )
     table = run.table("head_scores")
     missing = [column for column in [*_KEYS, *_VALUES] if column not in table.columns]
@@ -72,6 +158,12 @@ def _scores(run: Run) -> pd.DataFrame:
     return scores.astype(dict.fromkeys(_VALUES, "float64"))
 
 
+def _means(run: Run) -> pd.DataFrame:
+    """The statistics of a trace as scores: means over positions, without an interval."""
+    table = run.table("statistic_means").rename(columns={"statistic": "detector", "mean": "value"})
+    return table.assign(low=np.nan, high=np.nan)[[*_KEYS, *_VALUES]].astype(dict.fromkeys(_VALUES, "float64"))
+
+
 def _describe(scores: pd.DataFrame) -> str:
     if scores.empty:
         return "none"
@@ -80,7 +172,7 @@ def _describe(scores: pd.DataFrame) -> str:
     return f"{shown} on {scores['layer'].nunique()} layers of {scores['head'].nunique()} heads"
 
 
-def _attributes(a: Run, b: Run, only_a: int, only_b: int) -> dict[str, Any]:
+def _attributes(a: Run, b: Run, only_a: int, only_b: int, paired: bool) -> dict[str, Any]:
     notes = []
     same_weights = _same(_weights(a), _weights(b))
     if same_weights is None:
@@ -89,7 +181,21 @@ def _attributes(a: Run, b: Run, only_a: int, only_b: int) -> dict[str, Any]:
         notes.append(f"The model's weights differ: {_model(a)} against {_model(b)}.")
     same_prompts = _same(_prompts(a), _prompts(b))
     if same_prompts is False:
-        notes.append("The prompts differ, so intervals describe different samples.")
+        notes.append(
+            "One run has prompts that the other has not; detectors that both have were measured on the same ones."
+            if paired
+            else "The prompts differ, so intervals describe different samples."
+        )
+    if all(not run.has_table("head_scores") for run in (a, b)):
+        notes.append(
+            "Values are means over the positions of the text. Positions of one text are no independent sample, so that "
+            "one text has no interval: a difference says what these texts show, not what others would."
+        )
+    if not same_shape(a, b):
+        notes.append("The models have different shapes: heads of the same index are no counterparts.")
+    if ablated(a) != ablated(b):
+        sides = (f"{side} is {ablated(run) or 'the model as it is'}" for side, run in (("A", a), ("B", b)))
+        notes.append(f"{'; '.join(sides)}. What differs in other heads is how they answer to that.")
     for run, number in ((a, only_a), (b, only_b)):
         if number:
             notes.append(f"{number} scores are in {run.id} only.")
