@@ -79,6 +79,7 @@ def test_runs_without_patterns_and_unknown_ones_say_what_to_do(visit):
     page = visit("/pattern?run=no-such-run")
     assert "no run 'no-such-run'" in page.text_content("main")
     page = visit("/pattern")
-    assert page.locator("main li").count() == 2
+    # Two stored ones, and examples with each of the two runs of scores.
+    assert page.locator("main li").count() == 4
     page = visit("/nowhere")
     assert "no page /nowhere" in page.text_content("main")

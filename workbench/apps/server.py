@@ -18,6 +18,7 @@ from workbench.apps.live import Live
 from workbench.apps.pages import PAGES
 from workbench.apps.settings import AppSettings
 from workbench.apps.shell import colours, frame, refusal
+from workbench.apps.tokens import api as tokens
 from workbench.apps.zoom.api import blueprint
 from workbench.errors import WorkbenchError
 
@@ -53,6 +54,7 @@ def create_app(settings: AppSettings, pages: Sequence[Page] = PAGES) -> Dash:
     server: Flask = app.server
     server.config["MAX_CONTENT_LENGTH"] = settings.most_body_bytes
     server.register_blueprint(blueprint(context.library))
+    server.register_blueprint(tokens.blueprint(context.library, context.live))
     server.register_blueprint(export.blueprint(context.library))
     server.add_url_rule("/theme.css", "theme", lambda: Response(colours(), mimetype="text/css"))
     _guard(app, server, settings.hosts)

@@ -101,6 +101,8 @@ def colours() -> str:
     for selector, palette in ((":root", LIGHT), ('[data-mantine-color-scheme="dark"]', DARK)):
         names = ("page", "surface", "sunken", "ink", "muted", "line", "accent", "effect", "control", "good", "bad")
         body = ";".join(f"--{name}:{getattr(palette, name)}" for name in names)
+        # What a token looks at, and what looks at it.
+        body += f";--back:{palette.series[0]};--forth:{palette.series[1]}"
         scale = ",".join(palette.sequential)
         lines.append(f"{selector}{{{body};--scale:linear-gradient(90deg,{scale})}}")
     return "".join(lines)

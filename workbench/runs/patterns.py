@@ -132,7 +132,7 @@ def _base_maps(
     side = -(-tokens // base)
     sums, tops = torch.zeros(side, side), torch.zeros(side, side)
     for rows, keys in _strips(tokens, base, masking.window):
-        part = _entries(q[rows].float(), k[keys].float(), lse[rows], rows, keys, masking)
+        part = probabilities(q[rows].float(), k[keys].float(), lse[rows], rows, keys, masking)
         own = slice(rows.start // base, -(-rows.stop // base)), slice(keys.start // base, -(-keys.stop // base))
         sums[own], tops[own] = pooled(part, base, "sum").cpu(), pooled(part, base, "max").cpu()
         if progress is not None:
@@ -140,7 +140,7 @@ def _base_maps(
     return sums, tops
 
 
-def _entries(
+def probabilities(
     q: Float[Tensor, "row dim"],
     k: Float[Tensor, "key dim"],
     lse: Float[Tensor, " row"],
@@ -148,7 +148,10 @@ def _entries(
     keys: slice,
     masking: Masking,
 ) -> Float[Tensor, "row key"]:
-    """Probabilities of one tile, in place of its logits: a viewer waits for this."""
+    """Probabilities of one tile, `rows` by `keys`, from their q, k and log-sum-exp.
+
+    They are made in place of the logits: a viewer waits for this.
+    """
     if masking.softcap is None:
         logits = torch.addmm(-lse[:, None], q, k.T, alpha=masking.scale)
     else:
@@ -248,7 +251,7 @@ class StoredPattern:
         """Probabilities, exact, in float32."""
         q, lse = (torch.from_numpy(self.tensors.read(name, rows)).float() for name in ("q", "lse"))
         k = torch.from_numpy(self.tensors.read("k", keys)).float()
-        return _entries(q, k, lse, rows, keys, self.masking)
+        return probabilities(q, k, lse, rows, keys, self.masking)
 
     def strip(self, name: str, bins: int, part: slice | None = None) -> Float[np.ndarray, " bin"]:
         """`entropy`, `sink` or `column_mean` of some tokens, as means over `bins` equal parts (fewer if there are

@@ -1,0 +1,1 @@
+"""Patterns of short prompts, token by token: of runs, and of prompts written on the page."""
