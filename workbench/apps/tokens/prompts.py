@@ -47,8 +47,11 @@ def read_prompt(text: str | None, most: int = MOST_CHARACTERS) -> str:
 _LONGER = "Shorten it, or store it with `workbench trace MODEL --file TEXT --patterns L18H6` and zoom into that."
 
 
-def measure(model: Model, prompt: str, folder: Path, progress: Progress) -> dict[str, Any]:
-    """Run the prompt once and keep what its patterns follow from; tells what a page needs to show them."""
+def measure(model: Model, prompt: Any, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Run one prompt (whatever `Model.batch` takes) and keep what its patterns follow from, in `folder`.
+
+    What is returned, plain numbers and texts, `from_result` reads the patterns by.
+    """
     batch = model.batch(prompt)
     tokens = int(batch.lengths[0])
     _check_size(model.spec, tokens)
@@ -153,11 +156,16 @@ def kept(live: Live, job: str) -> ShortPatterns:
     """The patterns of a finished job."""
     state = live.state(job)
     result = state.get("result", {})
-    name = result.get("patterns") if isinstance(result, dict) else None
-    if not isinstance(name, str) or not _FILE.fullmatch(name):
+    if not isinstance(result, dict) or "patterns" not in result:
         raise RequestError(f"The job {shortened(job)} has no patterns to show ({state.get('status')}); run it again.")
-    file = patterns_folder(live) / f"{name}.safetensors"
-    if not file.is_file():
+    return from_result(result, patterns_folder(live))
+
+
+def from_result(result: Mapping[str, Any], folder: Path) -> ShortPatterns:
+    """The patterns that `measure` kept in a folder."""
+    name = str(result["patterns"])
+    file = folder / f"{name}.safetensors"
+    if not _FILE.fullmatch(name) or not file.is_file():
         raise RequestError("The patterns of this prompt were cleared away to make room; run it again.")
     layers = {int(layer["index"]): layer for layer in result["layers"]}
     heads = tuple(Head(index, head) for index, layer in layers.items() for head in range(int(layer["heads"])))
