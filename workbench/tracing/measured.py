@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.errors import RequestError
-from workbench.kernels import AttentionStatistics, StatisticsRequest
+from workbench.kernels import AttentionStatistics, Geometry, StatisticsRequest
 from workbench.models import AttentionCall, Batch
 
 # Of blocks there are two axes: of queries, then of keys.
@@ -25,7 +25,7 @@ class Measured(NamedTuple):
     behind them, and the attention call itself.
 
     `features`, `at_keys`, `weighted` and `of_values` are this statistic's own columns; `result_factor` turns z into
-    vectors of the norm that z W_O has.
+    vectors of the norm that z W_O has. `whole` is the geometry of the results where the call is their last part.
     """
 
     found: AttentionStatistics
@@ -36,6 +36,12 @@ class Measured(NamedTuple):
     result_factor: Float[Tensor, "head dim dim"] | None
     weighted: Tensor | None = None
     of_values: Tensor | None = None
+    whole: Geometry | None = None
+
+    @property
+    def geometry(self) -> Geometry:
+        """Which queries and keys the results are of."""
+        return self.call.geometry if self.whole is None else self.whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,15 +115,11 @@ def entry(name: str, sizes: str, size: float, dim: int = -1) -> Callable[[Measur
     return read
 
 
-def measure(
-    statistics: Sequence[Statistic],
-    request: StatisticsRequest,
-    call: AttentionCall,
-    rows: slice,
-    tokens: int,
-    result_factor: Float[Tensor, "head dim dim"] | None,
-) -> tuple[AttentionStatistics, list[Measured]]:
-    """All statistics of one layer in one pass, for the prompts `rows` of the batch that is traced, `tokens` wide."""
+def computed(
+    statistics: Sequence[Statistic], request: StatisticsRequest, call: AttentionCall, rows: slice, tokens: int
+) -> AttentionStatistics:
+    """What all statistics of one layer need, in one pass, for the prompts `rows` of the batch that is traced, `tokens`
+    wide."""
     parts = {name: [getattr(s, name) for s in statistics] for name in ("key_features", "query_keys", "query_weights")}
     cut = {name: _cut(given, rows, tokens, call.q.device) for name, given in parts.items()}
     weights = cut["query_weights"]
@@ -134,6 +136,18 @@ def measure(
         # Kernels count blocks from the first column; statistics from the prompt's own first token.
         maps = _from_first_token(call).statistics(StatisticsRequest(block=request.block))
         found = replace(found, block_sum=maps.block_sum, block_max=maps.block_max)
+    return found
+
+
+def shared_out(
+    statistics: Sequence[Statistic],
+    found: AttentionStatistics,
+    request: StatisticsRequest,
+    call: AttentionCall,
+    result_factor: Float[Tensor, "head dim dim"] | None,
+    whole: Geometry | None = None,
+) -> list[Measured]:
+    """What each statistic is read from."""
     weighted = None if found.column_weighted is None else found.column_weighted.transpose(2, 3)
     columns = {
         "key_features": found.features,
@@ -145,17 +159,18 @@ def measure(
     measured = []
     for statistic in statistics:
         own: dict[str, Tensor | None] = {}
-        for name, whole in columns.items():
+        for name, all_columns in columns.items():
             count = _width(getattr(statistic, name))
-            own[name] = None if whole is None or not count else whole[..., taken[name] : taken[name] + count]
-            taken[name] += count
+            first, last = taken[name], taken[name] + count
+            own[name] = None if all_columns is None or not count else all_columns[..., first:last]
+            taken[name] = last
         measured.append(
             Measured(
                 found, request, call, own["key_features"], own["query_keys"], result_factor,
-                own["query_weights"], own["of_values"],
+                own["query_weights"], own["of_values"], whole,
             )
         )  # fmt: skip
-    return found, measured
+    return measured
 
 
 def _width(given: Tensor | OfValues | None) -> int:

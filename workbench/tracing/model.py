@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from workbench.errors import RequestError
@@ -17,16 +16,17 @@ from workbench.models.adapters import Adapter
 from workbench.models.batch import are_texts
 from workbench.models.loading import Source, resolve
 from workbench.models.memory import BodyCost, Prediction, free_memory, measure_body
+from workbench.tracing.chunks import check_chunk, run_in_chunks
 from workbench.tracing.edits import Ablation, Edit, listed
+from workbench.tracing.job import Job, Logits, wanted_positions
 from workbench.tracing.plan import Plan, refuse_large_patterns
-from workbench.tracing.preflight import Piece, Preflight
+from workbench.tracing.preflight import Preflight
 from workbench.tracing.rotation import mean_queries
 from workbench.tracing.statistics import Statistic, Statistics
 from workbench.tracing.trace import Collector, Trace
 from workbench.tracing.watch import Watch
 
 Progress = Callable[[int, int], None]
-Logits = Literal["last", "all"] | Int[Tensor, "prompt kept"] | None
 # Prompts run together until they have this many tokens.
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 65536}
 _log = logging.getLogger("workbench")
@@ -99,6 +99,7 @@ class Model:
         logits: Logits = None,
         loss: bool = False,
         tokens_at_once: int | None = None,
+        chunk: int | None = None,
         memory_limit: int | None = None,
         progress: Progress | None = None,
     ) -> Trace:
@@ -111,28 +112,36 @@ class Model:
             logits: "last", "all", or positions `[prompt, kept]`.
             loss: nats of each next token.
             tokens_at_once: prompts are run together up to this many tokens.
+            chunk: prompts longer than this run one by one, in chunks of so many tokens over a KV cache: the same
+                numbers, in the memory of the cache and one chunk.
             memory_limit: bytes that the trace may take beyond the weights; what is free by default.
-            progress: called with (prompts done, prompts in all).
+            progress: called with (done, in all), counted in prompts, and in chunks where a prompt has several.
 
         Raises:
             MemoryRefused: before allocation, with the predicted peak and what would fit.
         """
-        job = self._job(prompts, statistics, sites, listed(edits), logits, loss, tokens_at_once)
+        job = self._job(prompts, statistics, sites, listed(edits), logits, loss, tokens_at_once, chunk)
         batch, prediction = job.batch, self._predict(job)
-        advice = f"lower tokens_at_once (now {job.pieces[0][1].ids.numel()} tokens)"
-        prediction.check(
-            free_memory(self.device) if memory_limit is None else memory_limit,
-            f"Cut the prompts, trace fewer of them, or {advice}.",
-        )
+        prediction.check(free_memory(self.device) if memory_limit is None else memory_limit, job.advice)
         _log.info("trace of %d prompts, %d tokens: %s", len(batch), int(batch.mask.sum()), prediction)
         self._tell_of_length(int(batch.lengths.max()))
         collector = Collector(batch, self.spec, job.plan.statistics, prediction)
         collector.trace.logit_positions = job.wanted
-        for rows, piece in job.pieces:
-            collector.rows = rows
-            self._run(job, rows, piece, collector)
+        done, total = 0, sum(job.steps(piece) for _, piece in job.pieces)
+
+        def step(count: int = 1) -> None:
+            nonlocal done
+            done += count
             if progress is not None:
-                progress(rows.stop, len(batch))
+                progress(done, total)
+
+        for rows, piece in job.pieces:
+            if job.in_chunks(piece):
+                self._run_in_chunks(job, rows, collector, step)
+            else:
+                collector.rows = rows
+                self._run(job, rows, piece, collector)
+                step(len(piece))
         return collector.finish()
 
     def predict_memory(
@@ -144,9 +153,10 @@ class Model:
         logits: Logits = None,
         loss: bool = False,
         tokens_at_once: int | None = None,
+        chunk: int | None = None,
     ) -> Prediction:
         """The peak that `trace` with these arguments would reach beyond the weights; runs three short probes."""
-        return self._predict(self._job(prompts, statistics, sites, (), logits, loss, tokens_at_once))
+        return self._predict(self._job(prompts, statistics, sites, (), logits, loss, tokens_at_once, chunk))
 
     def head_outputs(self, prompts: Any, heads: Iterable[Head], *, mean: bool) -> dict[Head, Tensor]:
         """z of heads on reference prompts: all `[prompt, token, dim]`, or its mean over real tokens `[dim]`."""
@@ -197,13 +207,13 @@ class Model:
                 self.source.name, most, longest,
             )  # fmt: skip
 
-    def _resolved(self, edits: Sequence[Edit], batch: Batch) -> list[Edit]:
+    def _resolved(self, edits: Sequence[Edit], batch: Batch, chunk: int | None = None) -> list[Edit]:
         """Edits with their reference prompts run, so that the plan holds values only."""
         resolved: list[Edit] = []
         for edit in edits:
             if isinstance(edit, Ablation) and edit.how == "frozen_zero" and edit.unresolved:
                 edit.check(self.spec)
-                edit = replace(edit, frozen=self._clean_keys(batch, min(head.layer for head in edit.heads)))
+                edit = replace(edit, frozen=self._clean_keys(batch, min(head.layer for head in edit.heads), chunk))
             elif isinstance(edit, Ablation) and edit.unresolved:
                 assert edit.reference is not None
                 edit.check(self.spec)
@@ -219,13 +229,13 @@ class Model:
             _check_reference(reference, batch)
         return self.head_outputs(reference, edit.heads, mean=edit.how == "mean")
 
-    def _clean_keys(self, batch: Batch, first: int) -> dict[int, tuple[Tensor, Tensor]]:
+    def _clean_keys(self, batch: Batch, first: int, chunk: int | None) -> dict[int, tuple[Tensor, Tensor]]:
         """q and k of the unedited run, in all layers after `first`: they fix every pattern without storing one."""
         layers = range(first + 1, self.spec.n_layers)
         if not layers:
             return {}
         names = [f"blocks.{layer}.attn.hook_{self._rotated}{name}" for layer in layers for name in "qk"]
-        found = self.trace(batch, sites=names)
+        found = self.trace(batch, sites=names, chunk=chunk)
         return {layer: (found.site("q", layer), found.site("k", layer)) for layer in layers}
 
     @property
@@ -257,25 +267,27 @@ class Model:
         logits: Logits,
         loss: bool,
         tokens_at_once: int | None,
-    ) -> _Job:
+        chunk: int | None,
+    ) -> Job:
         """Everything checked that can be before the model runs (but for reference prompts of edits)."""
         batch = self._checked(self.batch(prompts))
-        wanted = _wanted_positions(batch, logits)
+        wanted = wanted_positions(batch, logits)
         plan = Plan.compile(self.spec, _flatten(statistics), sites, edits)
+        check_chunk(chunk, plan)
         refuse_large_patterns(plan, self.spec, batch)
         if any(isinstance(edit, Ablation) and edit.unresolved for edit in edits):
-            plan = Plan.compile(self.spec, plan.statistics, sites, self._resolved(edits, batch))
+            plan = Plan.compile(self.spec, plan.statistics, sites, self._resolved(edits, batch, chunk))
         plan = plan.laid_out(self.spec, batch)
-        return _Job(batch, plan, list(self.pieces(batch, tokens_at_once)), wanted, loss)
+        return Job(batch, plan, list(self.pieces(batch, tokens_at_once)), wanted, loss, chunk)
 
-    def _predict(self, job: _Job) -> Prediction:
+    def _predict(self, job: Job) -> Prediction:
         if self._cost is None:
             self._cost = measure_body(self.attachment)
         preflight = Preflight(self.attachment, self._cost, job.plan, job.batch, job.wanted, job.loss)
-        return preflight.predict([Piece(piece, len(job.kept(rows, piece))) for rows, piece in job.pieces])
+        return preflight.predict([job.measured(rows, piece) for rows, piece in job.pieces])
 
     @torch.no_grad()
-    def _run(self, job: _Job, rows: slice, piece: Batch, collector: Collector) -> None:
+    def _run(self, job: Job, rows: slice, piece: Batch, collector: Collector) -> None:
         width = piece.ids.shape[1]
         watch = Watch(self.attachment, job.plan, rows, width, collector.statistic, collector.site)
         own, kept = job.own(rows, width), job.kept(rows, piece)
@@ -288,30 +300,13 @@ class Model:
         if own is not None:
             collector.logits(logits, kept, own)
         if job.loss:
-            collector.loss(logits, piece.ids)
+            collector.loss(logits, piece.ids[:, 1:])
 
-
-@dataclass(frozen=True)
-class _Job:
-    """A trace as it will run: `pieces` are consecutive prompts, cut on the right to the longest among them."""
-
-    batch: Batch
-    plan: Plan
-    pieces: list[tuple[slice, Batch]]
-    wanted: Tensor | None
-    loss: bool
-
-    def own(self, rows: slice, width: int) -> Tensor | None:
-        """Columns of a piece whose logits are wanted, prompt by prompt."""
-        return None if self.wanted is None else self.wanted[rows].clamp(max=width - 1)
-
-    def kept(self, rows: slice, piece: Batch) -> Int[Tensor, " kept"]:
-        """Columns whose logits the model computes: all that some prompt of the piece wants, or the last."""
-        width = piece.ids.shape[1]
-        own = self.own(rows, width)
-        if self.loss:
-            return torch.arange(width)
-        return torch.tensor([width - 1]) if own is None else torch.unique(own)
+    def _run_in_chunks(self, job: Job, rows: slice, collector: Collector, step: Callable[[], None]) -> None:
+        assert job.chunk is not None
+        for row in range(rows.start, rows.stop):
+            wanted = None if job.wanted is None else job.wanted[row]
+            run_in_chunks(self.attachment, job.plan, collector, row, job.chunk, wanted, job.loss, step)
 
 
 def load(
@@ -346,24 +341,6 @@ def _flatten(statistics: Statistics) -> list[Statistic]:
                 f"{found!r} is no statistic; make one, e.g. statistics=[workbench.statistics.entropy()]."
             )
     return flat
-
-
-def _wanted_positions(batch: Batch, logits: Logits) -> Tensor | None:
-    if logits is None:
-        return None
-    if isinstance(logits, Tensor):
-        shape, columns = tuple(logits.shape), batch.ids.shape[1]
-        if logits.ndim != 2 or len(logits) != len(batch) or logits.shape[1] == 0:
-            raise RequestError(f"logits: positions of shape {shape} for {len(batch)} prompts; give [prompt, kept].")
-        wrong = logits[(logits < 0) | (logits >= columns)].tolist()
-        if wrong:
-            raise RequestError(f"logits: position {wrong[0]} is outside the batch of {columns} columns.")
-        return logits.cpu()
-    if logits == "last":
-        return (batch.starts + batch.lengths - 1)[:, None].cpu()
-    if logits == "all":
-        return torch.arange(batch.ids.shape[1]).expand(len(batch), -1)
-    raise RequestError(f"logits={logits!r}: choose 'last', 'all' or positions [prompt, kept].")
 
 
 def _check_reference(reference: Batch, batch: Batch) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from workbench.kernels import Geometry, StatisticsRequest
 from workbench.kernels.blocks import TilePlan, plan_tiles
-from workbench.kernels.dispatch import triton_takes
+from workbench.kernels.dispatch import MASK, triton_takes
 from workbench.kernels.identities import MOST_PAIRS, is_exact, is_faster, is_plain, reached, remainder
 from workbench.kernels.tile import GROUP, Span
 from workbench.models import Attachment, Batch, LayerSpec
@@ -37,11 +37,12 @@ class Forecast:
     peak: int = 0
     place: str = "nowhere"
     stored: int = 0
+    carried: int = 0
     _kept: set[object] = field(default_factory=set)
 
     def reach(self, held: float, place: str) -> None:
         """`held` bytes besides what is stored."""
-        total = int(held) + (self.stored if self.on_device else 0)
+        total = int(held) + self.carried + (self.stored if self.on_device else 0)
         if total > self.peak:
             self.peak, self.place = total, place
 
@@ -54,10 +55,14 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Piece:
-    """Prompts that run together, and the columns of them whose logits are computed."""
+    """Prompts that run together, and the columns of them whose logits are computed.
+
+    `cached` is the length of a prompt whose last chunk this is; its keys and values are held from the start.
+    """
 
     batch: Batch
     kept: int
+    cached: int | None = None
 
     @property
     def prompts(self) -> int:
@@ -66,6 +71,11 @@ class Piece:
     @property
     def tokens(self) -> int:
         return int(self.batch.ids.shape[1])
+
+    @property
+    def keys(self) -> int:
+        """Keys that the last query sees."""
+        return self.tokens if self.cached is None else self.cached
 
     @property
     def shape(self) -> tuple[int, int, bool]:
@@ -92,11 +102,22 @@ class Preflight:
     def predict(self, pieces: Sequence[Piece]) -> Prediction:
         """The first piece, before which nothing is stored, and the largest after it."""
         later = pieces[1:]
-        largest = [max(later, key=lambda piece: piece.batch.ids.numel())] if later else []
+        largest = [max(later, key=lambda piece: piece.prompts * piece.keys)] if later else []
         for piece in [*pieces[:1], *largest]:
+            self.forecast.carried = self._carried(piece)
             for mark in self.cost.marks:
                 self._pass(mark, piece)
         return Prediction(self.forecast.peak, self.forecast.stored, self.forecast.place)
+
+    def _carried(self, piece: Piece) -> int:
+        """What is held from chunk to chunk: keys and values, those of one layer twice while they grow, and what is
+        summed over queries."""
+        if piece.cached is None:
+            return 0
+        request, weights = self.plan.request, self._columns("query_weights")
+        cache = [2 * layer.kv_heads * layer.head_dim * piece.keys * self.element for layer in self.spec.layers]
+        sums = piece.keys * (_summed(request) + weights) + _maps(request, piece.keys, piece.keys)
+        return sum(cache) + max(cache) + sum(layer.heads for layer in self.spec.layers) * sums * FLOAT
 
     def _pass(self, mark: Mark, piece: Piece) -> None:
         alive, where = mark.alive(*piece.shape), f"{mark.place} of layer {mark.layer}"
@@ -190,26 +211,27 @@ class Preflight:
     def _results(self, piece: Piece, shape: LayerSpec) -> int:
         """The kernel's results of one layer, z among them, in float32."""
         request = self.plan.request
-        given = sum(self._columns(name) for name in ("key_features", "query_keys", "query_weights"))
+        given, weights = self._columns("key_features") + self._columns("query_keys"), self._columns("query_weights")
         per_row = (
             sum([request.lse, request.max_prob, request.entropy, request.distance, request.sink_mass])
             + sum([request.max_logit, request.mean_logit, request.first_logit, request.spread]) + len(request.above)
             + 2 * request.argmax + 3 * request.top_k + len(request.first) + len(request.recent)
             + len(request.offsets) + given + self._functions
-            + _summed(request)
         )  # fmt: skip
-        entries = piece.tokens * (per_row + shape.head_dim) + _maps(request, piece.tokens)
+        entries = piece.tokens * (per_row + shape.head_dim) + piece.keys * (_summed(request) + weights)
+        entries += _maps(request, piece.tokens, piece.keys)
         return piece.prompts * shape.heads * entries * FLOAT
 
     def _statistics(self, piece: Piece, layer: int) -> int:
         """While the kernel runs: what it is given, its results, and its own work."""
         shape, tokens = self.spec.layers[layer], piece.prompts * piece.tokens
-        weights = self._columns("query_weights")
-        given = tokens * ((self._columns("key_features") + weights) * FLOAT + self._columns("query_keys") * 8)
+        keys, weights = piece.prompts * piece.keys, self._columns("query_weights")
+        given = tokens * (weights * FLOAT + self._columns("query_keys") * 8)
+        given += keys * self._columns("key_features") * FLOAT
         features = self._columns("key_features") + self._functions
         if self._functions:
             # One after the other, then side by side.
-            given += tokens * shape.kv_heads * 2 * self._functions * FLOAT
+            given += keys * shape.kv_heads * 2 * self._functions * FLOAT
         request, first = self.plan.request, self.plan.request
         moved = 0
         if request.block and bool((piece.batch.starts % request.block != 0).any()):
@@ -233,7 +255,7 @@ class Preflight:
 
     def _plain_call(self, piece: Piece, shape: LayerSpec) -> bool:
         """Whether stock operators compute the layer's attention."""
-        geometry = Geometry(piece.prompts, piece.tokens, piece.tokens, True, _window(shape, piece))
+        geometry = Geometry(piece.prompts, piece.tokens, piece.keys, True, _window(shape, piece))
         dtype = self.attachment.dtype
         return not shape.sinks and is_plain(geometry, dtype, self.device, softcap=shape.softcap, sinks=None)
 
@@ -243,7 +265,8 @@ class Preflight:
         rows = piece.prompts * shape.heads * piece.tokens
         wide = 1 << (request.top_k - 1).bit_length() if request.top_k else 0
         stacked = 2 * (len(request.column_last) + weights + len(request.column_above))
-        return rows * (4 + 3 * wide + stacked) * FLOAT + piece.prompts * piece.tokens * features * 2 * self.element
+        keys = piece.prompts * piece.keys
+        return (rows * (4 + 3 * wide) + shape.heads * keys * stacked) * FLOAT + keys * features * 2 * self.element
 
     def _identities(
         self, piece: Piece, shape: LayerSpec, request: StatisticsRequest, features: int, weights: int
@@ -284,7 +307,9 @@ class Preflight:
             if self.device == "cuda" and self.element == FLOAT and shape.group > 1:
                 # k and v, repeated for the backend that has no grouped heads.
                 parts += 2
-            return rows * (parts * shape.head_dim * self.element + FLOAT)
+            # A chunk's rows against all keys, in parts: the mask, and that as numbers.
+            masked = 0 if piece.cached is None or self.device == "cuda" else max(1, min(piece.tokens, MASK // piece.keys))
+            return rows * (parts * shape.head_dim * self.element + FLOAT) + masked * piece.keys * (1 + self.element)
         if self.device == "cuda" and triton_takes(shape.head_dim, self.attachment.dtype):
             # The log-sum-exp.
             work = rows * FLOAT
@@ -311,7 +336,7 @@ class Preflight:
 
 
 def _window(shape: LayerSpec, piece: Piece) -> int | None:
-    return shape.window if shape.window is not None and shape.window < piece.tokens else None
+    return shape.window if shape.window is not None and shape.window < piece.keys else None
 
 
 def _summed(request: StatisticsRequest) -> int:
@@ -320,16 +345,16 @@ def _summed(request: StatisticsRequest) -> int:
     return sums + request.diagonal + bool(request.diagonal_last)
 
 
-def _maps(request: StatisticsRequest, tokens: int) -> int:
+def _maps(request: StatisticsRequest, queries: int, keys: int) -> int:
     """Entries of the two block maps."""
-    return 2 * (-(-tokens // request.block)) ** 2 if request.block else 0
+    return 2 * -(-queries // request.block) * -(-keys // request.block) if request.block else 0
 
 
-def _copied(request: StatisticsRequest, tiles: TilePlan, keys: int, window: int | None) -> int:
+def _copied(request: StatisticsRequest, tiles: TilePlan, queries: int, keys: int, window: int | None) -> int:
     """Copies of one block, as wide as the keys it sees: turned and then skewed for diagonals, cut to the map for block
     sums, compared and counted for the first query above a probability."""
-    firsts = range(0, keys, tiles.rows)
-    spans = (Span.of(first, min(first + tiles.rows, keys), keys, keys, True, window).columns for first in firsts)
+    firsts = range(0, queries, tiles.rows)
+    spans = (Span.of(first, min(first + tiles.rows, queries), queries, keys, True, window).columns for first in firsts)
     width = max(columns.stop - columns.start for columns in spans)
     block = tiles.elements // tiles.width * width
     diagonal = request.diagonal or request.diagonal_last > 0
@@ -348,17 +373,18 @@ def _blocks(
     then, for each worker, two block buffers and, of one tile at a time, its scaled queries (twice), its product
     with the values, or the groups of keys that maxima are searched in.
     """
-    batch, tokens, most = piece.batch, piece.tokens, 0
+    batch, most = piece.batch, 0
     start, end = (batch.starts, batch.starts + batch.lengths) if batch.padded else (None, None)
-    for prompts, rows, _ in Geometry(len(batch), tokens, tokens, True, None, start, end).slices():
-        count, keys = prompts.stop - prompts.start, rows.stop - rows.start
+    for prompts, rows, columns in Geometry(len(batch), piece.tokens, piece.keys, True, None, start, end).slices():
+        count, queries, keys = prompts.stop - prompts.start, rows.stop - rows.start, columns.stop - columns.start
         window = shape.window if shape.window is not None and shape.window < keys else None
-        q_shape = torch.Size([count, shape.heads, keys, shape.head_dim])
+        q_shape = torch.Size([count, shape.heads, queries, shape.head_dim])
         k_shape = torch.Size([count, shape.kv_heads, keys, shape.head_dim])
         tiles = plan_tiles(q_shape, k_shape, window, device)
         padded, lanes = -(-keys // GROUP) * GROUP, count * shape.kv_heads
         width = shape.head_dim + features
-        shares = shape.group * (keys * (_summed(request) + weights) + _maps(request, keys)) * (tiles.parts - 1)
+        sums = keys * (_summed(request) + weights) + _maps(request, queries, keys)
+        shares = shape.group * sums * (tiles.parts - 1)
         copies = lanes * (padded * (shape.head_dim + width) + shares) * FLOAT
         # While values and features are put side by side, and in half precision made float32.
         joining = lanes * keys * (width + (shape.head_dim if element < FLOAT else 0)) * FLOAT
@@ -366,6 +392,6 @@ def _blocks(
         few = request.top_k > 0 and tiles.width // GROUP < 2 * request.top_k
         searched = 0 if few else GROUP * max(request.top_k, int(request.argmax))
         tile = tiles.elements // tiles.width * max(2 * shape.head_dim, width, searched) * FLOAT
-        tile = max(tile, _copied(request, tiles, keys, window))
+        tile = max(tile, _copied(request, tiles, queries, keys, window))
         most = max(most, copies + max(joining, tiles.workers * (2 * tiles.elements * FLOAT + tile)))
     return most

@@ -163,7 +163,7 @@ def column_mean() -> Statistic:
 
     def read(measured: Measured) -> Tensor:
         assert measured.found.column_sum is not None
-        seen = measured.call.geometry.visible_count(measured.call.q.device)
+        seen = measured.geometry.visible_count(measured.call.q.device)
         mean: Tensor = measured.found.column_sum / seen.clamp(min=1)[:, None]
         return mean
 

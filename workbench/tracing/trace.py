@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -145,28 +145,31 @@ class Collector:
         self.trace = Trace(batch, spec, prediction, {s.name: s for s in statistics})
         self.rows = slice(0, len(batch))
         self._heads = max(layer.heads for layer in spec.layers)
-        self._moving: deque[tuple[torch.cuda.Event, str, int, slice, Tensor]] = deque()
+        # Statistic -> first prompts and layers that something was written of.
+        self._begun: defaultdict[str, set[tuple[int, int]]] = defaultdict(set)
+        self._moving: deque[tuple[torch.cuda.Event, str, int, slice, Tensor, int]] = deque()
 
-    def statistic(self, name: str, layer: int, value: Tensor) -> None:
+    def statistic(self, name: str, layer: int, value: Tensor, at: int = 0) -> None:
+        """One layer of the prompts `rows`; `at` is the place on the first axis of positions."""
         if value.device.type != "cuda":
-            self._write(name, layer, self.rows, value)
+            self._write(name, layer, self.rows, value, at)
             return
         # Through page-locked memory, so that the device computes on while results move.
         staged = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
         staged.copy_(value, non_blocking=True)
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
-        self._moving.append((arrived, name, layer, self.rows, staged))
+        self._moving.append((arrived, name, layer, self.rows, staged, at))
         self._settle(IN_FLIGHT)
 
     def _settle(self, left: int) -> None:
         """Write results that have arrived, and wait until at most `left` are on their way."""
         while self._moving and (len(self._moving) > left or self._moving[0][0].query()):  # type: ignore[no-untyped-call]
-            arrived, name, layer, rows, staged = self._moving.popleft()
+            arrived, name, layer, rows, staged, at = self._moving.popleft()
             arrived.synchronize()
-            self._write(name, layer, rows, staged)
+            self._write(name, layer, rows, staged, at)
 
-    def _write(self, name: str, layer: int, rows: slice, value: Tensor) -> None:
+    def _write(self, name: str, layer: int, rows: slice, value: Tensor, at: int) -> None:
         """One layer of a piece, and the mark of nothing where it has no heads or tokens."""
         statistic, batch = self.trace.statistics[name], self.trace.batch
         if name not in self.trace.values:
@@ -174,12 +177,14 @@ class Collector:
             shape = (len(batch), self.trace.spec.n_layers, self._heads, *axes, *value.shape[2 + len(axes) :])
             self.trace.values[name] = torch.empty(shape, dtype=torch.int64 if statistic.integer else torch.float32)
         where = self.trace.values[name][rows, layer]
-        inside = tuple(slice(0, size) for size in value.shape[1:])
-        if where[(slice(None), *inside)].shape != where.shape:
+        heads, length, *rest = value.shape[1:]
+        inside = (slice(None), slice(0, heads), slice(at, at + length), *(slice(0, size) for size in rest))
+        if where[inside].shape != where.shape and (rows.start, layer) not in self._begun[name]:
             where.fill_(-1 if statistic.integer else float("nan"))
-        where[(slice(None), *inside)] = value
+        self._begun[name].add((rows.start, layer))
+        where[inside] = value
 
-    def site(self, site: Site, layer: int, value: Tensor) -> None:
+    def site(self, site: Site, layer: int, value: Tensor, at: int = 0) -> None:
         batch, key = self.trace.batch, (site, layer)
         if key not in self.trace.sites:
             shape = list(value.shape)
@@ -187,32 +192,45 @@ class Collector:
             for axis in (2, 3) if site == "pattern" else (1,):
                 shape[axis] = batch.ids.shape[1]
             self.trace.sites[key] = torch.zeros(shape, dtype=value.dtype)
-        index = tuple(slice(0, size) for size in value.shape[1:])
-        self.trace.sites[key][(self.rows, *index)] = value.cpu()
+        length, *rest = value.shape[1:]
+        inside = (self.rows, slice(at, at + length), *(slice(0, size) for size in rest))
+        self.trace.sites[key][inside] = value.cpu()
 
     def logits(self, logits: Tensor, kept: Tensor, wanted: Tensor) -> None:
         """Each prompt's own rows out of the kept ones."""
         place = torch.searchsorted(kept, wanted).to(logits.device)
         own = torch.gather(logits, 1, place[..., None].expand(-1, -1, logits.shape[-1])).float().cpu()
-        if self.trace.logits is None:
-            self.trace.logits = own.new_empty(len(self.trace.batch), *own.shape[1:])
-        self.trace.logits[self.rows] = own
+        self._all_logits(*own.shape[1:])[self.rows] = own
 
-    def loss(self, logits: Tensor, ids: Tensor) -> None:
-        """Negative log-probability of each next token, in float32, a few rows at a time."""
+    def some_logits(self, logits: Tensor, places: Int[Tensor, " some"], slots: Int[Tensor, " some"], kept: int) -> None:
+        """Of one prompt, the rows `places` of `logits`, as number `slots` of the `kept` that are wanted."""
+        own = logits[0, places.to(logits.device)].float().cpu()
+        self._all_logits(kept, logits.shape[-1])[self.rows.start, slots] = own
+
+    def _all_logits(self, kept: int, vocabulary: int) -> Tensor:
+        if self.trace.logits is None:
+            self.trace.logits = torch.empty(len(self.trace.batch), kept, vocabulary)
+        return self.trace.logits
+
+    def loss(self, logits: Tensor, targets: Int[Tensor, "prompt target"], at: int = 0) -> None:
+        """Negative log-probability of each next token from column `at` on, in float32, a few rows at a time."""
         trace = self.trace
         if trace.loss is None:
             trace.loss = torch.full((len(trace.batch), trace.batch.ids.shape[1] - 1), float("nan"))
-        for row, scores, tokens in zip(trace.loss[self.rows], logits, ids, strict=True):
-            for first in range(0, len(tokens) - 1, LOSS_ROWS):
-                last = min(first + LOSS_ROWS, len(tokens) - 1)
-                chunk, targets = scores[first:last].float(), tokens[first + 1 : last + 1]
-                row[first:last] = torch.nn.functional.cross_entropy(chunk, targets, reduction="none")
+        for row, scores, tokens in zip(trace.loss[self.rows], logits, targets, strict=True):
+            for first in range(0, len(tokens), LOSS_ROWS):
+                last = min(first + LOSS_ROWS, len(tokens))
+                losses = torch.nn.functional.cross_entropy(
+                    scores[first:last].float(), tokens[first:last], reduction="none"
+                )
+                row[at + first : at + last] = losses
 
     def finish(self) -> Trace:
         """Padding marked: NaN in statistics and losses, -1 in keys."""
         self._settle(0)
         trace, mask = self.trace, self.trace.batch.mask.cpu()
+        # In the order asked for: those over queries of a prompt in chunks came last.
+        trace.values = {name: trace.values[name] for name in trace.statistics if name in trace.values}
         for name, value in trace.values.items() if not mask.all() else ():
             statistic = trace.statistics[name]
             real = statistic.real(trace.batch)

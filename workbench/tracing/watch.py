@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from workbench.models import Attachment, AttentionCall
 from workbench.models.architectures import output_weight, rewritten, written
 from workbench.tracing.edits import Patch, apply_ablation, frozen_call, masked
-from workbench.tracing.measured import measure
+from workbench.tracing.measured import computed, shared_out
 from workbench.tracing.plan import Plan
 from workbench.tracing.rotation import Rotation
 from workbench.tracing.sites import Site
@@ -69,7 +69,8 @@ class Watch:
         for ablation in plan.ablations:
             call = frozen_call(call, ablation, self.rows)
         for site in plan.captured(layer, frozenset(["q", "k", "v"])):
-            self.put_site(site, layer, getattr(call, site).transpose(1, 2))
+            # A chunk's call holds the keys and values before it, too.
+            self.put_site(site, layer, getattr(call, site)[:, :, -self.tokens :].transpose(1, 2))
         pattern = self._pattern(call)
         z = self._measure(call) if plan.statistics else call.output()
         if pattern is not None:
@@ -90,15 +91,17 @@ class Watch:
     def _measure(self, call: AttentionCall) -> Tensor:
         """All statistics of one layer in one pass, whose output is the model's z."""
         statistics, request = self.plan.statistics, replace(self.plan.request, output=True)
-        factor = self._result_factor(call.layer) if any(s.needs_result_factor for s in statistics) else None
-        found, parts = measure(statistics, request, call, self.rows, self.tokens, factor)
+        found = computed(statistics, request, call, self.rows, self.tokens)
+        parts = shared_out(statistics, found, request, call, self.result_factor(call.layer))
         for statistic, measured in zip(statistics, parts, strict=True):
             self.put_statistic(statistic.name, call.layer, statistic.read(measured))
         assert found.output is not None
         return found.output.to(call.q.dtype)
 
-    def _result_factor(self, layer: int) -> Float[Tensor, "head dim dim"]:
+    def result_factor(self, layer: int) -> Float[Tensor, "head dim dim"] | None:
         """R of W_O^T = Q R per head: |z W_O| = |R z|, from d x d numbers instead of d x d_model."""
+        if not any(statistic.needs_result_factor for statistic in self.plan.statistics):
+            return None
         weight = output_weight(self.attachment.layers[layer], self.attachment.spec.layers[layer]).float()
         factor: Tensor = torch.linalg.qr(weight.transpose(1, 2), mode="r").R
         return factor.transpose(1, 2)
@@ -125,7 +128,7 @@ class Watch:
         value = patch.value[self.rows]
         if patch.site == "pattern":
             value = value[..., : self.tokens, : self.tokens].transpose(1, 2)
-        value = value[:, : self.tokens].to(old)
+        value = value[:, : old.shape[1]].to(old)
         if patch.heads is not None:
             value = torch.index_copy(old, 2, torch.tensor(patch.heads, device=old.device), value)
         return masked(old, value, patch.positions, self.rows)
