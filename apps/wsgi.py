@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from workbench.apps.server import create_app
 from workbench.apps.settings import AppSettings
 
-hosts = [name.strip() for name in os.environ.get("WORKBENCH_HOSTS", "127.0.0.1,localhost").split(",")]
-settings = AppSettings(
-    runs=Path(os.environ.get("WORKBENCH_RUNS", "runs")),
-    model=os.environ.get("WORKBENCH_MODEL") or None,
-    hosts=tuple(name for name in hosts if name),
-)
+settings = AppSettings.from_environment()
 app = create_app(settings).server

@@ -1,32 +1,32 @@
-"""The model at hand: one worker runs trials one after the other, pages only ask how far they are.
+"""The model at hand: trials wait their turn, one worker runs them, pages only ask how far they are.
 
-A trial's outcome is a JSON file in the folder of runs (`.lab/<id>.json`), so that a reload, another browser tab or a
-restart of the server loses nothing; identifiers cannot be guessed, so that users do not meet each other's trials.
+The worker is a thread of the server, or with `AppSettings.celery` a process of Celery's (`celery_worker`). What is
+known of a trial lies in files (`ledger`): a reload, another browser tab, another process of the server or its restart
+loses nothing. Without Celery each process of a server has a worker, and a model, of its own.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import re
-import secrets
+import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event, Lock
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from workbench.apps.ledger import Heart, Ledger
 from workbench.apps.settings import AppSettings
 from workbench.errors import RequestError, WorkbenchError
-from workbench.runs.disk import write_atomically
 
 if TYPE_CHECKING:
     from workbench.tracing import Model
 
 MOST_WAITING = 16
-MOST_KEPT = 500
-_ID = re.compile(r"[A-Za-z0-9_-]{16}")
+# Progress is written no more often; pages ask less often.
+_PAUSE = 0.2
+# After so many seconds a page says that no worker has taken its trial.
+_PATIENCE = 10.0
 _log = logging.getLogger("workbench")
 Progress = Callable[[int, int], None]
 Work = Callable[["Model", Progress], Mapping[str, Any]]
@@ -36,87 +36,51 @@ class Cancelled(Exception):
     """The trial was given up by whoever asked for it."""
 
 
-@dataclass
-class _Job:
-    future: Future[None] | None = None
-    done: int = 0
-    total: int = 0
-    step: str = "waiting"
-    stop: Event = field(default_factory=Event)
+class Worker:
+    """Holds the model and runs one trial at a time; every end of a trial is an outcome in the ledger."""
 
-
-class Live:
-    """Trials on one model, in the order in which they are asked for."""
-
-    def __init__(self, settings: AppSettings) -> None:
-        self.settings = settings
-        self.folder = settings.runs.expanduser().resolve() / ".lab"
-        self._worker = ThreadPoolExecutor(1, "workbench-lab")
-        self._jobs: dict[str, _Job] = {}
-        self._lock = Lock()
+    def __init__(self, settings: AppSettings, ledger: Ledger) -> None:
+        self.settings, self.ledger, self.heart = settings, ledger, Heart(ledger)
         self._model: Model | None = None
+        self._lock = Lock()
 
-    @property
-    def name(self) -> str | None:
-        """The model's name; None where the app was started without one."""
-        return self.settings.model
+    def run(self, name: str, asked: Mapping[str, Any], work: str | Work) -> None:
+        """Do a trial, whatever happens."""
+        self.heart.add(name)
+        try:
+            with self._lock:
+                outcome = self._outcome(name, asked, work)
+            self.ledger.close(name, {**outcome, "asked": dict(asked)})
+        finally:
+            self.heart.drop(name)
 
-    def submit(self, asked: Mapping[str, Any], work: Work) -> str:
-        """Queue a trial; the identifier that its page asks by. `asked` is kept with the outcome."""
-        if self.name is None:
-            raise RequestError("There is no model here; start with `workbench serve RUNS --model smollm2-135m`.")
-        with self._lock:
-            waiting = [job for job in self._jobs.values() if job.future is not None and not job.future.done()]
-            if len(waiting) >= MOST_WAITING:
-                raise RequestError(f"{len(waiting)} trials are waiting already; try again when some are done.")
-            name, job = secrets.token_urlsafe(12), _Job()
-            self._jobs[name] = job
-            job.future = self._worker.submit(self._run, name, job, dict(asked), work)
-        return name
+    def _outcome(self, name: str, asked: Mapping[str, Any], work: str | Work) -> dict[str, Any]:
+        state = {"status": "running", "done": 0, "total": 0, "step": "loading the model", "asked": dict(asked)}
+        written = 0.0
 
-    def state(self, name: str) -> dict[str, Any]:
-        """How far a trial is: `status` is "waiting", "running", "done", "failed" or "cancelled"."""
-        kept = self._read(name)
-        if kept is not None:
-            return kept
-        job = self._jobs.get(name)
-        if job is None or job.future is None:
-            raise RequestError(f"There is no trial {name[:20]!r} here; it may have been cleared away. Run it again.")
-        running = job.future.running()
-        return {"status": "running" if running else "waiting", "done": job.done, "total": job.total, "step": job.step}
-
-    def cancel(self, name: str) -> None:
-        """Give a trial up; one that runs ends at its next step."""
-        job = self._jobs.get(name)
-        if job is not None:
-            job.stop.set()
-
-    def close(self) -> None:
-        """End the worker after the trial at hand."""
-        for job in self._jobs.values():
-            job.stop.set()
-        self._worker.shutdown(wait=True, cancel_futures=True)
-
-    def _run(self, name: str, job: _Job, asked: dict[str, Any], work: Work) -> None:
         def progress(done: int, total: int) -> None:
-            if job.stop.is_set():
+            nonlocal written
+            if self.ledger.stopped(name):
                 raise Cancelled
-            job.done, job.total = done, total
+            if time.monotonic() - written > _PAUSE:
+                self.ledger.update(name, {**state, "done": done, "total": total})
+                written = time.monotonic()
 
         try:
             progress(0, 0)
-            job.step = "loading the model"
             model = self._loaded()
-            job.step = "measuring"
-            outcome: dict[str, Any] = {"status": "done", "result": dict(work(model, progress))}
+            state["step"], written = "measuring", 0.0
+            progress(0, 0)
+            if isinstance(work, str):
+                return {"status": "done", "result": dict(_job(work)(model, asked, self.ledger.folder, progress))}
+            return {"status": "done", "result": dict(work(model, progress))}
         except Cancelled:
-            outcome = {"status": "cancelled"}
+            return {"status": "cancelled"}
         except WorkbenchError as error:
-            outcome = {"status": "failed", "error": str(error)}
+            return {"status": "failed", "error": str(error)}
         except Exception:  # noqa: BLE001 (the worker must live on, and the page must hear of it)
             _log.exception("trial %s", name)
-            outcome = {"status": "failed", "error": "This is a fault of the workbench; the terminal has the reason."}
-        self._write(name, {**outcome, "asked": asked})
+            return {"status": "failed", "error": "This is a fault of the workbench; the terminal has the reason."}
 
     def _loaded(self) -> Model:
         if self._model is None:
@@ -125,28 +89,84 @@ class Live:
             from workbench.tracing import load
 
             dtype = None if self.settings.dtype is None else getattr(torch, self.settings.dtype)
-            self._model = load(str(self.name), dtype=dtype, device=self.settings.device)
+            self._model = load(str(self.settings.model), dtype=dtype, device=self.settings.device)
         return self._model
 
-    def _file(self, name: str) -> Path:
-        if not _ID.fullmatch(name):
-            raise RequestError(f"{name[:20]!r} is no trial's identifier; take the link from the lab's history.")
-        return self.folder / f"{name}.json"
 
-    def _read(self, name: str) -> dict[str, Any] | None:
-        try:
-            found = json.loads(self._file(name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise RequestError(f"The trial {name} cannot be read ({error}); run it again.") from error
-        return found if isinstance(found, dict) else None
+def _job(name: str) -> Any:
+    from workbench.apps.jobs import JOBS
 
-    def _write(self, name: str, outcome: Mapping[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._file(name), json.dumps(outcome, allow_nan=False) + "\n")
+    if name not in JOBS:
+        raise RequestError(f"There is no work called {name[:40]!r}; there is {', '.join(JOBS)}.")
+    return JOBS[name]
+
+
+class Live:
+    """Trials on one model, in the order in which they are asked for."""
+
+    def __init__(self, settings: AppSettings) -> None:
+        self.settings = settings
+        self.ledger = Ledger(settings.runs.expanduser().resolve() / ".lab")
+        self._worker = Worker(settings, self.ledger)
+        self._turns = ThreadPoolExecutor(1, "workbench-lab")
+        self._lock = Lock()
+
+    @property
+    def name(self) -> str | None:
+        """The model's name; None where the app was started without one."""
+        return self.settings.model
+
+    @property
+    def folder(self) -> Path:
+        """Where outcomes lie, and what is kept beside them."""
+        return self.ledger.folder
+
+    def submit(self, asked: Mapping[str, Any], work: str | Work) -> str:
+        """Queue a trial; the identifier that its page asks by. `asked` is kept with the outcome.
+
+        `work` is a name of `jobs.JOBS`, which is given `asked`; a function works without Celery alone.
+        """
+        if self.name is None:
+            raise RequestError("There is no model here; start with `workbench serve RUNS --model smollm2-135m`.")
+        if self.settings.celery and not isinstance(work, str):
+            raise RequestError("This work cannot be sent to a worker of Celery's; give it a name in `jobs.JOBS`.")
         with self._lock:
-            self._jobs.pop(name, None)
-        kept = sorted(self.folder.glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
-        for file in kept[:-MOST_KEPT]:
-            file.unlink(missing_ok=True)
+            waiting = self.ledger.waiting()
+            if waiting >= MOST_WAITING:
+                raise RequestError(f"{waiting} trials are waiting already; try again when some are done.")
+            name = self.ledger.open({"asked": dict(asked), "queue": bool(self.settings.celery)})
+        if self.settings.celery:
+            self._send(name, str(work), asked)
+        else:
+            self._worker.heart.add(name)
+            self._turns.submit(self._worker.run, name, dict(asked), work)
+        return name
+
+    def state(self, name: str) -> dict[str, Any]:
+        """How far a trial is: `status` is "waiting", "running", "done", "failed" or "cancelled"."""
+        found = self.ledger.state(name)
+        if found["status"] == "waiting" and found.get("queue") and found["age"] > _PATIENCE:
+            found["step"] = (
+                f"no worker has taken this for {found['age']:.0f} s; others may be before it, or none runs: "
+                "celery -A workbench.apps.celery_worker worker -P solo -Q workbench"
+            )
+        return found
+
+    def cancel(self, name: str) -> None:
+        """Give a trial up; one that runs ends at its next step."""
+        self.ledger.stop(name)
+
+    def close(self) -> None:
+        """End the worker after the step at hand; trials that wait are told of as not done."""
+        for name in self._worker.heart.end():
+            self.ledger.stop(name)
+        self._turns.shutdown(wait=True, cancel_futures=True)
+
+    def _send(self, name: str, work: str, asked: Mapping[str, Any]) -> None:
+        from workbench.apps.celery_worker import send
+
+        try:
+            send(self.settings, name, work, asked)
+        except RequestError:
+            self.ledger.forget(name)
+            raise

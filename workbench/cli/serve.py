@@ -25,6 +25,14 @@ def serve(
     port: Annotated[int, typer.Option(metavar="P", min=0, max=65535, help="Port; 0 takes any free one.")] = 8050,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    celery: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            envvar="WORKBENCH_CELERY",
+            help="A queue, as in redis://localhost, whose workers hold the model instead of this process.",
+        ),
+    ] = None,
     show: Annotated[bool, typer.Option("--open/--no-open", help="Show it in the browser.")] = False,
 ) -> None:
     """Look at runs, and work with a model, in the browser.
@@ -44,7 +52,7 @@ def serve(
             raise MissingExtra(
                 f"The dashboard needs {error.name}, which is not installed: pip install 'attention-workbench[app]'"
             ) from error
-        settings = AppSettings(runs, model, device, None if dtype is None else dtype.value)
+        settings = AppSettings(runs, model, device, None if dtype is None else dtype.value, celery=celery)
         app = create_app(settings)
     try:
         server = open_port(app, port)

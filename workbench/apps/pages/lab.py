@@ -15,7 +15,7 @@ from workbench.apps.address import Query, link, read_heads, to_query
 from workbench.apps.context import Context, Page
 from workbench.apps.parts import data_grid, figure_panel
 from workbench.apps.shell import refusal
-from workbench.apps.trials import HOWS, MOST_DRAWS, MOST_NEW, PROBES, read_trial, run_trial
+from workbench.apps.trials import HOWS, MOST_DRAWS, MOST_NEW, PROBES, read_trial
 from workbench.errors import RequestError, WorkbenchError
 from workbench.figures import palette, template
 from workbench.figures.text import interval, number, probability, safe, with_caption
@@ -233,7 +233,7 @@ def _register(app: Dash, context: Context) -> None:
         if len(trial.prompt) > context.settings.most_prompt_characters:
             most = context.settings.most_prompt_characters
             raise RequestError(f"The prompt has {len(trial.prompt)} characters; {most} are allowed. Shorten it.")
-        name = live.submit(trial.as_dict(), lambda model, progress: run_trial(model, trial, progress))
+        name = live.submit(trial.as_dict(), "trial")
         label = f"{len(trial.heads)} heads, {trial.how}: {(trial.prompt or trial.probe)[:60]}"
         query = to_query({"trial": name})
         kept = [{"trial": name, "label": label}, *(history or [])][:50]

@@ -1,0 +1,22 @@
+"""What a worker does by name: plain fields in, plain results out, so that a trial can be sent to another process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from workbench.apps.live import Progress
+from workbench.apps.trials import read_trial, run_trial
+from workbench.tracing import Model
+
+# The model, what was asked for, the folder of the lab, and who is told how far it is.
+Job = Callable[[Model, Mapping[str, Any], Path, Progress], Mapping[str, Any]]
+
+
+def _trial(model: Model, asked: Mapping[str, Any], folder: Path, progress: Progress) -> Mapping[str, Any]:
+    del folder
+    return run_trial(model, read_trial(asked), progress)
+
+
+JOBS: dict[str, Job] = {"trial": _trial}
