@@ -38,6 +38,23 @@ def test_stored_patterns_are_the_models_own(stored, model_folder):
     model.detach()
 
 
+def test_reading_in_chunks_stores_the_same(stored, call, model_folder, tmp_path):
+    whole = Run.open(stored[0])
+    result = call(
+        "trace", model_folder, "--prompt", TEXT, "--patterns", "L1H2,L2H0", "--chunk", 7, "--out", tmp_path / "chunked"
+    )
+    assert result.exit_code == 0, result.output
+    chunked = Run.open(tmp_path / "chunked")
+    for name in whole.tensor_files:
+        first, second = open_pattern(whole, name), open_pattern(chunked, name)
+        every = slice(0, first.tokens)
+        assert np.allclose(first.entries(every, every).numpy(), second.entries(every, every).numpy(), atol=1e-5)
+    means = [run.table("statistic_means").set_index(["statistic", "layer", "head"])["mean"] for run in (whole, chunked)]
+    assert np.allclose(*means, rtol=1e-4, atol=1e-5)
+    result = call("trace", model_folder, "--prompt", TEXT, "--chunk", 0, "--out", tmp_path / "none")
+    assert result.exit_code == 2
+
+
 def test_wrong_heads_and_folders_are_refused(call, model_folder, tmp_path):
     result = call("trace", model_folder, "--prompt", TEXT, "--patterns", "L9H0", "--out", tmp_path / "x")
     assert result.exit_code == 2 and "layers run from 0 to 2" in result.stderr

@@ -73,6 +73,12 @@ def trace(
     by: Annotated[
         str | None, typer.Option(metavar="NAME", help="The statistic that ranks them. [default: the first]")
     ] = None,
+    chunk: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Read the text in chunks of so many tokens: less memory, the same numbers."
+        ),
+    ] = None,
     out: options.Out = None,
     overwrite: options.Overwrite = False,
     dtype: options.Dtype = None,
@@ -98,8 +104,8 @@ def trace(
         heads = [loaded.spec.check(Head.parse(name)) for name in stored]
         loaded = without(loaded, removed[:-1], removed[-1]) if removed else loaded
         batch = loaded.batch(text)
-        _tell_prediction(session, loaded, batch, wanted)
-        run = _trace(session, loaded, batch, wanted, heads, path, overwrite)
+        _tell_prediction(session, loaded, batch, wanted, chunk)
+        run = _trace(session, loaded, batch, wanted, heads, path, overwrite, chunk)
     means = run.table("statistic_means")
     if ranked is not None:
         _show_layers(session, means)
@@ -187,9 +193,9 @@ def _read(file: str) -> str:
         raise RequestError(f"--file {file}: {error.strerror}; give a readable text file.") from error
 
 
-def _tell_prediction(session: Session, model: Model, batch: Batch, wanted: list[Statistic]) -> None:
+def _tell_prediction(session: Session, model: Model, batch: Batch, wanted: list[Statistic], chunk: int | None) -> None:
     session.say(f"Tokens: {int(batch.lengths.sum())}")
-    session.say(f"Memory: {model.predict_memory(batch, statistics=wanted)}")
+    session.say(f"Memory: {model.predict_memory(batch, statistics=wanted, chunk=chunk)}")
 
 
 def _trace(
@@ -200,6 +206,7 @@ def _trace(
     heads: Sequence[Head],
     path: Path,
     overwrite: bool,
+    chunk: int | None,
 ) -> Run:
     from workbench.runs import RunWriter, environment
     from workbench.studies.survey import model_facts
@@ -233,34 +240,41 @@ def _trace(
             began = time.monotonic()
             with display(session.err) as shown:
                 shown.step("trace", f"{len(wanted)} statistics of {len(model.spec.heads())} heads", kept=False)
-                with _by_layer(model, shown.advance):
-                    found = model.trace(batch, statistics=wanted)
+                with _progress(model, batch, chunk, shown.advance) as told:
+                    found = model.trace(batch, statistics=wanted, chunk=chunk, progress=told)
             writer.array("statistics", found.dataset())
             writer.table("tokens", _tokens(model, batch))
             writer.table("statistic_means", _means(found))
             writer.done("trace", seconds=time.monotonic() - began)
-        _store_patterns(session, writer, model, batch, heads)
+        _store_patterns(session, writer, model, batch, heads, chunk)
         return writer.finish()
 
 
 @contextmanager
-def _by_layer(model: Model, advance: Callable[[int, int], None]) -> Iterator[None]:
-    """Count layers as they finish: one long text is one forward pass, which reports nothing itself."""
+def _progress(
+    model: Model, batch: Batch, chunk: int | None, advance: Callable[[int, int], None]
+) -> Iterator[Callable[[int, int], None] | None]:
+    """Count chunks, or layers as they finish: a text in one piece is one forward pass, which reports nothing itself."""
     from workbench.models.architectures import locate
 
+    if chunk is not None and int(batch.lengths.max()) > chunk:
+        yield advance
+        return
     layers = locate(model.attachment.hf_model)
     hooks = [
         layer.block.register_forward_hook(lambda module, args, output, done=layer.index + 1: advance(done, len(layers)))
         for layer in layers
     ]
     try:
-        yield
+        yield None
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _store_patterns(session: Session, writer: RunWriter, model: Model, batch: Batch, heads: Sequence[Head]) -> None:
+def _store_patterns(
+    session: Session, writer: RunWriter, model: Model, batch: Batch, heads: Sequence[Head], chunk: int | None
+) -> None:
     """The patterns of some heads, each a step of its own."""
     from workbench.runs.patterns import pattern_name, pattern_sources, pattern_tensors, write_pattern
 
@@ -269,8 +283,8 @@ def _store_patterns(session: Session, writer: RunWriter, model: Model, batch: Ba
         return
     with display(session.err) as shown:
         shown.step("patterns", "q, k and their log-sum-exp", kept=False)
-        with _by_layer(model, shown.advance):
-            sources = pattern_sources(model, batch, missing)
+        with _progress(model, batch, chunk, shown.advance) as told:
+            sources = pattern_sources(model, batch, missing, chunk, told)
         for head, source in zip(missing, sources, strict=True):
             shown.step(f"pattern of {head}", "pooled blocks", kept=False)
             tensors = pattern_tensors(*source, progress=shown.advance)

@@ -302,16 +302,24 @@ class Source(NamedTuple):
     rows: Mapping[str, Float[Tensor, " token"]]
 
 
-def pattern_sources(model: Model, batch: Batch, heads: Sequence[Head]) -> list[Source]:
-    """What is stored of some heads on one prompt, from one forward pass. The log-sum-exp is that of the model's own
-    attention, learned sinks included."""
+def pattern_sources(
+    model: Model,
+    batch: Batch,
+    heads: Sequence[Head],
+    chunk: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Source]:
+    """What is stored of some heads on one prompt, from one forward pass, or in chunks as in `Model.trace`.
+
+    The log-sum-exp is that of the model's own attention, learned sinks included.
+    """
     if len(batch) != 1:
         raise RequestError(f"A pattern is stored of one prompt, and {len(batch)} were given; choose one.")
     rotated = "rot_" if model.spec.rotary else ""
     layers = sorted({head.layer for head in heads})
     names = [f"blocks.{layer}.attn.hook_{rotated}{site}" for layer in layers for site in ("q", "k")]
     wanted = [statistics.lse(), statistics.entropy(), statistics.first(1), statistics.column_mean()]
-    trace = model.trace(batch, statistics=wanted, sites=names)
+    trace = model.trace(batch, statistics=wanted, sites=names, chunk=chunk, progress=progress)
     real = slice(int(batch.starts[0]), int(batch.starts[0] + batch.lengths[0]))
     found = []
     for head in heads:
