@@ -43,7 +43,7 @@ from workbench.models.checkpoints import (
     report,
 )
 
-Kind = Literal["builtin", "hub", "folder", "gguf", "memory"]
+Kind = Literal["builtin", "hub", "folder", "gguf", "memory", "remote"]
 
 # Name -> (makes the model's folder, licence).
 BUILTIN: dict[str, tuple[Callable[[Progress | None], smollm2.Converted], str]] = {
