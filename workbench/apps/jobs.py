@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.apps.live import Progress
+from workbench.apps.tokens import prompts
 from workbench.apps.trials import read_trial, run_trial
 from workbench.tracing import Model
 
@@ -19,4 +20,8 @@ def _trial(model: Model, asked: Mapping[str, Any], folder: Path, progress: Progr
     return run_trial(model, read_trial(asked), progress)
 
 
-JOBS: dict[str, Job] = {"trial": _trial}
+def _patterns(model: Model, asked: Mapping[str, Any], folder: Path, progress: Progress) -> Mapping[str, Any]:
+    return prompts.measure(model, str(asked["prompt"]), prompts.patterns_folder(folder), progress)
+
+
+JOBS: dict[str, Job] = {"trial": _trial, "patterns": _patterns}

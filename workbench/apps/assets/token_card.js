@@ -152,6 +152,8 @@ window.workbenchTokens = (function () {
         const gap = /^␣[^␣…]/.test(text) ? 1 : 0;
         const word = make("span", { class: "tok", role: "button", tabIndex: -1, dir: "auto" }, text.slice(gap));
         word.dataset.at = at;
+        // Only these are cut to a width: hundreds of clipped boxes would slow down every frame of the page.
+        word.wide = text.length > 24 || /\p{M}/u.test(text);
         this.words.append(gap ? " " : "", word);
         if (breaks.has(at)) this.words.append(make("br"));
         return word;
@@ -203,15 +205,42 @@ window.workbenchTokens = (function () {
       return this.view.scale === "linear" ? share : Math.sqrt(share);
     }
 
+    // After a change of colours, options or sizes: what was measured and drawn before is of no use.
     repaint() {
-      this.picture = null;
+      this.picture = this.ground = null;
+      if (!this.weights) return;
+      const outside = this.view.first ? "" : ", position 0 left out of their range";
+      const scale = this.view.scale === "linear" ? "linear" : "square root";
+      this.caption.textContent = `${this.weights.count} tokens. Colours end at ${exact(this.weights.top(this.view.first))} (${scale})${outside}.`;
+      this.map.hidden = !this.view.maps;
+      this.remeasure();
       this.paint();
+    }
+
+    remeasure() {
+      this.places = this.sizes = this.ground = null;
+      const names = ["sunken", "surface", "ink", "muted", "back", "forth"];
+      this.colour = Object.fromEntries(names.map((name) => [name, css("--" + name)]));
+    }
+
+    // Where words stand. Asked once, as each answer after a change of style costs a layout of the page.
+    measured() {
+      if (!this.places) {
+        const frame = this.words.getBoundingClientRect();
+        const places = this.spans.map((word) => {
+          const box = word.getBoundingClientRect();
+          return { x: box.left + box.width / 2 - frame.left, top: box.top - frame.top, bottom: box.bottom - frame.top };
+        });
+        this.places = { places, width: frame.width, height: frame.height };
+      }
+      return this.places;
     }
 
     paint() {
       if (!this.weights || !this.box.isConnected) return;
       const view = this.view, focus = view.focus(), top = this.topOf(focus), most = STRONGEST[dark() ? "dark" : "light"];
       const pair = view.pair;
+      if (!this.colour) this.remeasure();
       this.spans.forEach((word, at) => {
         const weight = this.between(focus, at), forth = at > focus;
         const shown = weight !== null && (at === focus || view.shows(forth ? "forth" : "back"));
@@ -222,7 +251,7 @@ window.workbenchTokens = (function () {
           forth,
           background: share > 0.01 ? `color-mix(in srgb, var(${forth ? "--forth" : "--back"}) ${(100 * most * share).toFixed(1)}%, transparent)` : "",
           mass: bar && shown ? clamp(weight, 0, 1) : 0,
-          names: ["tok", at === focus && "focus", at === focus && view.locked !== null && "locked", weight === null && "masked",
+          names: ["tok", word.wide && "wide", at === focus && "focus", at === focus && view.locked !== null && "locked", weight === null && "masked",
             pair && at !== focus && (at === pair.row || at === pair.key) && "other"].filter(Boolean).join(" "),
         };
         const was = this.looks[at];
@@ -291,15 +320,14 @@ window.workbenchTokens = (function () {
       this.arcs.replaceChildren();
       const view = this.view;
       if (!view.arcs) return;
-      const frame = this.words.getBoundingClientRect(), from = this.spans[focus].getBoundingClientRect();
-      this.arcs.setAttribute("width", frame.width);
-      this.arcs.setAttribute("height", frame.height);
+      const { places, width, height } = this.measured();
+      this.arcs.setAttribute("width", width);
+      this.arcs.setAttribute("height", height);
       for (const forth of [false, true]) {
         if (!view.shows(forth ? "forth" : "back")) continue;
         for (const { at, weight } of this.strongest(focus, forth, MOST_ARCS, view.arcs)) {
-          const to = this.spans[at].getBoundingClientRect(), side = forth ? 1 : -1;
-          const place = (box) => [box.left + box.width / 2 - frame.left, (forth ? box.bottom : box.top) - frame.top];
-          const [x, y] = place(from), [u, v] = place(to);
+          const side = forth ? 1 : -1, place = (one) => [one.x, forth ? one.bottom : one.top];
+          const [x, y] = place(places[focus]), [u, v] = place(places[at]);
           const lift = side * clamp(7 + Math.hypot(x - u, y - v) / 14, 9, 22);
           const fields = { class: forth ? "forth" : "back", "data-at": at, "stroke-width": (0.9 + 2.8 * weight).toFixed(2), "stroke-opacity": (0.35 + 0.6 * Math.sqrt(weight)).toFixed(2) };
           this.arcs.append(
@@ -324,70 +352,83 @@ window.workbenchTokens = (function () {
     }
 
     frame() {
-      const count = this.weights.count, room = Math.max(240, this.map.clientWidth);
+      if (this.sizes) return this.sizes;
+      const count = this.weights.count, room = Math.max(240, this.map.clientWidth || 460);
       const named = count <= 40, left = named ? 84 : 40, above = named ? 78 : 34;
-      const side = Math.floor(clamp(room - left - 4, 160, clamp(count * (this.view.cards.size > 1 ? 12 : 15), 200, Math.max(420, count))));
-      return { count, named, left, above, side, cell: side / count };
+      const a_cell = this.view.cards.size > 1 ? 12 : 15;
+      const side = Math.floor(clamp(room - left - 4, 160, clamp(count * a_cell, 200, Math.max(420, count))));
+      this.sizes = { count, named, left, above, side, cell: side / count, wide: left + side + 4, high: above + side + 4 };
+      return this.sizes;
     }
 
     paintMap() {
-      this.map.hidden = !this.view.maps;
-      const top = this.weights.top(this.view.first);
-      const left = this.view.first ? "" : ", position 0 left out of their range";
-      this.caption.textContent = `${this.weights.count} tokens. Colours end at ${exact(top)} (${this.view.scale === "linear" ? "linear" : "square root"})${left}.`;
       if (!this.view.maps) return;
       const frame = this.frame(), ratio = window.devicePixelRatio || 1;
-      const [wide, high] = [frame.left + frame.side + 4, frame.above + frame.side + 4];
-      if (this.canvas.width !== Math.round(wide * ratio) || this.canvas.height !== Math.round(high * ratio)) {
-        Object.assign(this.canvas, { width: Math.round(wide * ratio), height: Math.round(high * ratio) });
-        Object.assign(this.canvas.style, { width: wide + "px", height: high + "px" });
+      const [width, height] = [Math.round(frame.wide * ratio), Math.round(frame.high * ratio)];
+      if (this.canvas.width !== width || this.canvas.height !== height) {
+        Object.assign(this.canvas, { width, height });
+        Object.assign(this.canvas.style, { width: frame.wide + "px", height: frame.high + "px" });
       }
-      this.drawMap(this.canvas.getContext("2d"), frame, ratio, true);
+      if (!this.ground) {
+        this.ground = make("canvas", { width, height });
+        this.drawMap(this.ground.getContext("2d"), frame, ratio);
+      }
+      const pen = this.canvas.getContext("2d");
+      pen.setTransform(1, 0, 0, 1, 0, 0);
+      pen.clearRect(0, 0, width, height);
+      pen.drawImage(this.ground, 0, 0);
+      pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+      this.drawMarks(pen, frame);
     }
 
-    drawMap(pen, frame, ratio, marks) {
-      const { count, left, above, side, cell } = frame;
+    drawMap(pen, frame, ratio) {
+      const { left, above, side, cell } = frame;
       this.picture = this.picture || this.picturePixels();
       pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-      pen.clearRect(0, 0, left + side + 4, above + side + 4);
-      pen.fillStyle = css("--sunken");
+      pen.fillStyle = this.colour.sunken;
       pen.fillRect(left, above, side, side);
       pen.imageSmoothingEnabled = cell * ratio < 1;
       pen.drawImage(this.picture, left, above, side, side);
-      this.labels(frame).forEach(({ text, x, y, turn, anchor, strong }) => {
-        pen.save();
-        pen.translate(x, y);
-        pen.rotate((turn * Math.PI) / 180);
-        pen.font = '10px "Segoe UI", Inter, Roboto, sans-serif';
-        pen.direction = "ltr";
-        pen.textAlign = { start: "left", end: "right", middle: "center" }[anchor];
-        pen.fillStyle = css(marks && strong ? "--ink" : "--muted");
-        pen.fillText(text, 0, 0);
-        pen.restore();
-      });
-      if (!marks) return;
-      const focus = this.view.focus(), pair = this.view.pair, at = (place) => place * cell, wide = Math.max(cell, 2);
+      this.labels(frame).forEach((label) => this.write(pen, label, this.colour.muted));
+    }
+
+    write(pen, { text, x, y, turn, anchor }, colour) {
+      pen.save();
+      pen.translate(x, y);
+      pen.rotate((turn * Math.PI) / 180);
+      pen.font = '10px "Segoe UI", Inter, Roboto, sans-serif';
+      pen.direction = "ltr";
+      pen.textAlign = { start: "left", end: "right", middle: "center" }[anchor];
+      pen.fillStyle = colour;
+      pen.fillText(text, 0, 0);
+      pen.restore();
+    }
+
+    // The row of what the token looks at, the column of what looks at it, and the entry that is pointed at.
+    drawMarks(pen, frame) {
+      const { count, left, above, cell } = frame, focus = this.view.focus(), pair = this.view.pair;
+      const at = (place) => place * cell, wide = Math.max(cell, 2);
+      this.labels(frame).forEach((label) => { if (label.at === focus) this.write(pen, label, this.colour.ink); });
       pen.lineWidth = 1.5;
-      pen.strokeStyle = css("--back");
+      pen.strokeStyle = this.colour.back;
       pen.strokeRect(left - 0.5, above + at(focus) - 0.5, at(focus) + wide + 1, wide + 1);
-      pen.strokeStyle = css("--forth");
+      pen.strokeStyle = this.colour.forth;
       pen.strokeRect(left + at(focus) - 0.5, above + at(focus) - 0.5, wide + 1, at(count - focus) + 1);
-      if (pair) {
-        pen.strokeStyle = css("--ink");
-        pen.lineWidth = 2;
-        pen.strokeRect(left + at(pair.key) - 2, above + at(pair.row) - 2, wide + 4, wide + 4);
-      }
+      if (!pair) return;
+      pen.strokeStyle = this.colour.ink;
+      pen.lineWidth = 2;
+      pen.strokeRect(left + at(pair.key) - 2, above + at(pair.row) - 2, wide + 4, wide + 4);
     }
 
     labels({ count, named, left, above, side, cell }) {
-      const focus = this.view.focus(), found = [];
+      const found = [];
       const step = named ? 1 : [5, 10, 20, 50, 100].find((one) => count / one <= 12) || 100;
       for (let at = 0; at < count; at += step) {
         const letters = Array.from(this.view.plain(at));
         const text = named ? letters.slice(0, 11).join("") + (letters.length > 11 ? "…" : "") : String(at);
-        const middle = (at + 0.5) * cell, strong = at === focus;
-        found.push({ text, x: left - 4, y: above + middle + 3, turn: 0, anchor: "end", strong });
-        found.push(named ? { text, x: left + middle + 3, y: above - 4, turn: -90, anchor: "start", strong } : { text, x: left + middle, y: above - 4, turn: 0, anchor: "middle", strong });
+        const middle = (at + 0.5) * cell;
+        found.push({ text, x: left - 4, y: above + middle + 3, turn: 0, anchor: "end", at });
+        found.push(named ? { text, x: left + middle + 3, y: above - 4, turn: -90, anchor: "start", at } : { text, x: left + middle, y: above - 4, turn: 0, anchor: "middle", at });
       }
       found.push({ text: "key", x: left + side, y: 9, turn: 0, anchor: "end" }, { text: "query", x: 9, y: above + side, turn: -90, anchor: "start" });
       return found;
@@ -421,21 +462,19 @@ window.workbenchTokens = (function () {
 
     saveMap(kind) {
       if (!this.weights) return;
-      const frame = { ...this.frame() };
-      if (!this.view.maps) Object.assign(frame, { side: 420, cell: 420 / frame.count });
-      const [wide, high] = [frame.left + frame.side + 4, frame.above + frame.side + 4];
+      const frame = this.frame(), { wide, high } = frame;
       if (kind === "png") {
         const canvas = make("canvas", { width: 3 * wide, height: 3 * high }), pen = canvas.getContext("2d");
-        this.drawMap(pen, frame, 3, false);
+        this.drawMap(pen, frame, 3);
         pen.globalCompositeOperation = "destination-over";
-        pen.fillStyle = css("--surface");
+        pen.fillStyle = this.colour.surface;
         pen.fillRect(0, 0, wide, high);
         canvas.toBlob((blob) => save(this.fileName("map.png"), blob));
         return;
       }
       this.picture = this.picture || this.picturePixels();
       const page = this.sheet(wide, high);
-      page.append(drawn("rect", { x: frame.left, y: frame.above, width: frame.side, height: frame.side, fill: css("--sunken") }));
+      page.append(drawn("rect", { x: frame.left, y: frame.above, width: frame.side, height: frame.side, fill: this.colour.sunken }));
       // Entries as one picture, enlarged by a whole number so that none is blurred.
       const grow = Math.max(1, Math.floor(1200 / frame.count)), big = make("canvas", { width: grow * frame.count, height: grow * frame.count });
       const pen = big.getContext("2d");
@@ -443,7 +482,7 @@ window.workbenchTokens = (function () {
       pen.drawImage(this.picture, 0, 0, big.width, big.height);
       page.append(drawn("image", { href: big.toDataURL(), x: frame.left, y: frame.above, width: frame.side, height: frame.side }));
       for (const { text, x, y, turn, anchor } of this.labels(frame)) {
-        const label = drawn("text", { transform: `translate(${x} ${y}) rotate(${turn})`, "text-anchor": anchor, "font-size": 10, fill: css("--muted") });
+        const label = drawn("text", { transform: `translate(${x} ${y}) rotate(${turn})`, "text-anchor": anchor, "font-size": 10, fill: this.colour.muted });
         label.textContent = text;
         page.append(label);
       }
@@ -452,7 +491,7 @@ window.workbenchTokens = (function () {
 
     sheet(wide, high) {
       const page = drawn("svg", { width: wide, height: high, viewBox: `0 0 ${wide} ${high}`, "font-family": '"Segoe UI", Inter, Roboto, sans-serif' });
-      page.append(drawn("rect", { width: wide, height: high, fill: css("--surface") }));
+      page.append(drawn("rect", { width: wide, height: high, fill: this.colour.surface }));
       return page;
     }
 
@@ -465,15 +504,18 @@ window.workbenchTokens = (function () {
       this.spans.forEach((word, at) => {
         const box = word.getBoundingClientRect(), look = this.looks[at], x = box.left - frame.left, y = box.top - frame.top;
         const fill = { x, y, width: box.width, height: box.height, rx: 3 };
-        if (look.share > 0.01) inside.append(drawn("rect", { ...fill, fill: css(look.forth ? "--forth" : "--back"), "fill-opacity": (most * look.share).toFixed(3) }));
-        if (look.mass) inside.append(drawn("rect", { x, y: y + box.height - 2, width: box.width * look.mass, height: 2, fill: css("--muted") }));
-        if (at === this.view.focus()) inside.append(drawn("rect", { ...fill, fill: "none", stroke: css("--ink"), "stroke-width": 1.5 }));
-        const text = drawn("text", { x: x + 2, y: y + box.height / 2 + 4.5, "font-size": 13.5, fill: css("--ink"), textLength: Math.max(1, box.width - 4), lengthAdjust: "spacingAndGlyphs" });
+        if (look.share > 0.01) inside.append(drawn("rect", { ...fill, fill: this.colour[look.forth ? "forth" : "back"], "fill-opacity": (most * look.share).toFixed(3) }));
+        if (look.mass) inside.append(drawn("rect", { x, y: y + box.height - 2, width: box.width * look.mass, height: 2, fill: this.colour.muted }));
+        if (at === this.view.focus()) inside.append(drawn("rect", { ...fill, fill: "none", stroke: this.colour.ink, "stroke-width": 1.5 }));
+        const text = drawn("text", { x: x + 2, y: y + box.height / 2 + 4.5, "font-size": 13.5, fill: this.colour.ink, textLength: Math.max(1, box.width - 4), lengthAdjust: "spacingAndGlyphs" });
+        // Spaces at the end of a token count.
+        text.setAttributeNS("http://www.w3.org/XML/1998/namespace", "xml:space", "preserve");
+        text.style.whiteSpace = "pre";
         text.textContent = word.textContent;
         inside.append(text);
       });
       for (const arc of this.arcs.children) {
-        const copy = arc.cloneNode(), colour = css(arc.getAttribute("class") === "forth" ? "--forth" : "--back");
+        const copy = arc.cloneNode(), colour = this.colour[arc.getAttribute("class")];
         if (arc.tagName === "path") { copy.setAttribute("fill", "none"); copy.setAttribute("stroke", colour); } else copy.setAttribute("fill", colour);
         inside.append(copy);
       }

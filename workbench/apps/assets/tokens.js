@@ -99,7 +99,7 @@
       const wide = 1 + Math.max(...heads.map((name) => Number(/H(\d+)$/.exec(name)[1])));
       const grid = layers.size > 1 && heads.length > 0.6 * wide * layers.size;
       const thumb = ({ name }) => {
-        const found = make("button", { class: "tok-thumb", type: "button", tabIndex: -1, title: name, "aria-label": name }, make("canvas", {}));
+        const found = make("button", { class: "tok-thumb", type: "button", tabIndex: -1, title: name, "aria-label": name }, make("img", { alt: "" }));
         if (!grid) found.append(make("span", {}, name));
         found.dataset.head = name;
         return found;
@@ -132,14 +132,15 @@
       this.small.get(layer).then((buffer) => {
         const side = Math.ceil(this.about.tokens.length / this.about.cell);
         const place = this.about.heads.filter((one) => one.startsWith(`L${layer}H`)).indexOf(name);
-        const bytes = new Uint8Array(buffer, place * side * side, side * side), canvas = button.querySelector("canvas");
-        canvas.width = canvas.height = side;
+        const bytes = new Uint8Array(buffer, place * side * side, side * side);
+        const canvas = make("canvas", { width: side, height: side });
         const pen = canvas.getContext("2d"), image = pen.createImageData(side, side);
         this.colours = this.colours || shades();
         for (let row = 0; row < side; row++) for (let key = 0; key <= row; key++) {
           image.data.set([...this.colours[bytes[row * side + key]], 255], 4 * (row * side + key));
         }
         pen.putImageData(image, 0, 0);
+        button.querySelector("img").src = canvas.toDataURL();
         button.dataset.drawn = "yes";
       }).catch((error) => this.say(error.message));
     }
@@ -164,7 +165,13 @@
         this.tip.hidden = true;
         if (this.locked !== null) this.lock(this.locked);
       });
-      this.size = new ResizeObserver(() => this.draw());
+      // Its height follows from what is told of a token, and changes nothing.
+      this.size = new ResizeObserver(([one]) => {
+        if (one.contentRect.width === this.width) return;
+        this.width = one.contentRect.width;
+        this.cards.forEach((card) => card.remeasure());
+        this.draw();
+      });
       this.size.observe(this.part("cards"));
       this.scheme = new MutationObserver(() => {
         this.colours = null;

@@ -212,11 +212,7 @@ def _register(app: Dash, context: Context) -> None:
         if not wanted:
             return (no_update,) * 6
         prompt = prompts.read_prompt(text, context.settings.most_prompt_characters)
-        folder = prompts.patterns_folder(live)
-        job = live.submit(
-            {"prompt": prompt, "what": "patterns"},
-            lambda model, progress: prompts.measure(model, prompt, folder, progress),
-        )
+        job = live.submit({"prompt": prompt}, "patterns")
         query = to_query({"job": job})
         return query, "/pattern" + query, job, False, _outcome(job, live.state(job)), None
 
@@ -245,4 +241,14 @@ def _register(app: Dash, context: Context) -> None:
         return no_update
 
 
-PAGE = Page("/pattern", "Pattern", "Heads' attention, token by token or at any length", _layout, _register)
+def _shown(context: Context, query: Query) -> dict[str, str]:
+    """The view of a stored pattern that the address names."""
+    known = stored_patterns(context.library.run(query["run"])) if query.get("run") else {}
+    pattern = query.get("pattern") or next(iter(known), "")
+    if pattern not in known:
+        return {}
+    return {"pattern": pattern, **{name: query[name] for name in VIEW if name in query}}
+
+
+_HINT = "Heads' attention, token by token or at any length"
+PAGE = Page("/pattern", "Pattern", _HINT, _layout, _register, shown=_shown)

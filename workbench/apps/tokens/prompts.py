@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -139,17 +140,22 @@ def _keep(tensors: Mapping[str, np.ndarray], folder: Path) -> str:
 
 def clear(folder: Path, most: int = KEPT_BYTES) -> None:
     """Remove the oldest patterns beyond so many bytes; the newest stays in any case."""
-    files = sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+    found = []
+    for file in folder.iterdir():
+        # Another worker over the same folder may have removed it.
+        with suppress(FileNotFoundError):
+            facts = file.stat()
+            found.append((facts.st_mtime_ns, facts.st_size, file))
     total = 0
-    for at, file in enumerate(files):
-        total += file.stat().st_size
+    for at, (_, size, file) in enumerate(sorted(found, reverse=True)):
+        total += size
         if at and total > most:
             file.unlink(missing_ok=True)
 
 
-def patterns_folder(live: Live) -> Path:
-    """Where the patterns of prompts lie."""
-    return live.folder / "patterns"
+def patterns_folder(lab: Path) -> Path:
+    """Where the patterns of prompts lie within the folder of the lab."""
+    return lab / "patterns"
 
 
 def kept(live: Live, job: str) -> ShortPatterns:
@@ -158,7 +164,7 @@ def kept(live: Live, job: str) -> ShortPatterns:
     result = state.get("result", {})
     if not isinstance(result, dict) or "patterns" not in result:
         raise RequestError(f"The job {shortened(job)} has no patterns to show ({state.get('status')}); run it again.")
-    return from_result(result, patterns_folder(live))
+    return from_result(result, patterns_folder(live.folder))
 
 
 def from_result(result: Mapping[str, Any], folder: Path) -> ShortPatterns:
