@@ -122,11 +122,11 @@ def _settings(
 def _run(session: Session, model: Model, path: Path, settings: SurveySettings, method: MapName, overwrite: bool) -> Run:
     """The atlas under a display, the predicted memory first."""
     from workbench.studies import atlas as run_atlas
-    from workbench.studies.atlas import MORE_STEPS
+    from workbench.studies.atlas import more_steps
 
     settings.check(len(model.spec.heads()))
     session.say(predicted_peak(model, settings))
-    with display(session.err, count_steps(settings) + MORE_STEPS) as shown:
+    with display(session.err, count_steps(settings) + more_steps(settings)) as shown:
         return run_atlas(
             model, path, settings=settings, method=method.value, overwrite=overwrite, reporter=shown,
             command=session.command,

@@ -81,6 +81,15 @@ def qk_symmetry(weights: HeadWeights, layer: int) -> Float[Tensor, "offset head"
     return squared / size.clamp(min=torch.finfo(size.dtype).tiny)
 
 
+def singular_directions(
+    reader: Float[Tensor, "*head d_model width"], writer: Float[Tensor, "*head width d_model"]
+) -> tuple[Float[Tensor, "*head d_model width"], Float[Tensor, "*head width"], Float[Tensor, "*head width d_model"]]:
+    """The singular value decomposition of reader @ writer, which itself is never made."""
+    basis, triangle = torch.linalg.qr(reader)
+    left, singular, right = torch.linalg.svd(triangle @ writer, full_matrices=False)
+    return basis @ left, singular, right
+
+
 class Directions(NamedTuple):
     """The strongest directions of an OV circuit: their strength and the tokens read and written most, either sign."""
 
@@ -101,9 +110,8 @@ def ov_directions(weights: HeadWeights, head: Head, directions: int = 5, tokens:
             f"vocabulary {weights.spec.vocab_size} tokens."
         )
     found = weights.queries(head.layer)
-    basis, triangle = torch.linalg.qr(found.value[head.head])
-    left, singular, right = torch.linalg.svd(triangle @ found.output[head.head], full_matrices=False)
-    reads = weights.embedding @ (basis @ left[:, :directions])
+    left, singular, right = singular_directions(found.value[head.head], found.output[head.head])
+    reads = weights.embedding @ left[:, :directions]
     writes = right[:directions] @ weights.unembedding
     return Directions(
         singular[:directions].cpu(), reads.T.topk(tokens).indices.cpu(), writes.topk(tokens).indices.cpu()

@@ -4,8 +4,11 @@
    reason. Prompts of one kind share their passes; each step is kept when the next is interrupted.
 2. `agreement`: rank correlations and overlaps of all pairs of detectors.
 3. `clusters`: clusters of heads on all scores, and their map in two dimensions.
+4. `readings`: which tokens the strongest directions of all heads' circuits read and write, where any detector reads
+   weights.
 
-Tables beyond those of a survey: `agreement`, `overlap`, `head_clusters`, `cluster_info`, `skipped`; the manifest's
+Tables beyond those of a survey: `agreement`, `overlap`, `head_clusters`, `cluster_info`, `circuit_directions`,
+`skipped`; the manifest's
 `atlas` holds the axes and the silhouettes. No causal check: `workbench verify` makes those, detector by detector.
 """
 
@@ -21,16 +24,17 @@ from workbench.errors import RequestError
 from workbench.heads import Settings
 from workbench.heads.agreement import agreement
 from workbench.heads.clusters import METHODS, Method, cluster_heads
+from workbench.heads.detection import choose
 from workbench.heads.sets import members
+from workbench.heads.weights import WEIGHTS
 from workbench.runs import Run, RunWriter
+from workbench.studies.readings import write_readings
 from workbench.studies.survey import Reporter, Step, SurveySettings, survey
 from workbench.tracing import Model
 
 KIND = "atlas"
 # Heads whose patterns are kept for the token view.
 EXAMPLES = 12
-# Steps that come after those of a survey.
-MORE_STEPS = 2
 
 
 def atlas_settings(
@@ -77,8 +81,21 @@ def atlas(
         then=(
             Step("agreement", "rank correlations and overlaps of the detectors", partial(_agreement, seed=seed)),
             Step("clusters", "kinds of heads, and their map", partial(_clusters, method=method, seed=seed)),
+            *[
+                Step("readings", "tokens that circuits read and write", partial(write_readings, model=model))
+                for _ in range(_reads_weights(settings))
+            ],
         ),
     )
+
+
+def more_steps(settings: SurveySettings) -> int:
+    """How many steps come after those of a survey."""
+    return 2 + _reads_weights(settings)
+
+
+def _reads_weights(settings: SurveySettings) -> bool:
+    return any(detector.kind == WEIGHTS.name for detector in choose(settings.detectors))
 
 
 def _agreement(writer: RunWriter, seed: int) -> None:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import pandas as pd
 
 from workbench.errors import RequestError
@@ -50,6 +51,8 @@ from workbench.tasks import Task
 from workbench.tracing import Model
 from workbench.tracing.edits import HOWS, How, check_strength
 
+# Detectors whose course over positions is kept of all heads; of the others, that of their top heads.
+CURVES = ("first_token", "entropy", "previous_token", "induction")
 VERIFIED = ("sink", "previous_token", "induction", "retrieval")
 
 
@@ -276,10 +279,13 @@ class _Survey:
                 self.writer.manifest["involved"][detector.name] = sorted(map(str, involved(found, detector.name)))
         shown = {head for d in detectors for head in self._top(d.name, self.settings.top)}
         if len(found.curves):
-            keep = [
-                Head(row.layer, row.head) in shown for row in found.curves[["layer", "head"]].itertuples(index=False)
-            ]
+            keep = np.array(
+                [Head(row.layer, row.head) in shown for row in found.curves[["layer", "head"]].itertuples(index=False)]
+            )
             self.writer.table(f"position_curves/{kind}", found.curves[keep])
+            rest = found.curves[~keep & found.curves["detector"].isin(CURVES).to_numpy()]
+            if len(rest):
+                self.writer.table(f"other_curves/{kind}", rest.astype({"value": "float32"}))
         if len(found.domains):
             once = found.domains.drop_duplicates(["layer", "head", "domain"])
             self.writer.table(f"domain_contrast/{kind}", once)

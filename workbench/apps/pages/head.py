@@ -6,12 +6,15 @@ from typing import Any
 
 import dash_mantine_components as dmc
 import numpy as np
+import pandas as pd
 from dash import Dash, Input, Output, State, dcc, html, no_update
 
-from workbench.apps.address import Query, link, read_heads, to_query
+from workbench.apps import reading_card
+from workbench.apps.address import Query, link, read_heads, read_query, to_query
 from workbench.apps.context import Context, Page
 from workbench.apps.heads import Scores, scored_run, scored_runs, scores_of
 from workbench.apps.parts import data_grid, figure_panel
+from workbench.apps.readings import at_hand
 from workbench.apps.shell import refusal
 from workbench.errors import WorkbenchError
 from workbench.figures import domain_scatter, palette, pattern_map, position_curves
@@ -22,6 +25,8 @@ from workbench.runs.patterns import stored_patterns
 
 _TOP_TOKENS = 12
 _MOST_CURVES = 6
+# Kinds of runs that ablate heads, and how many of them are looked through.
+_CHECKING, _MOST_RUNS = ("verify", "demo"), 20
 _COLUMNS = (
     {"field": "title", "headerName": "Detector", "flex": 2, "minWidth": 200, "tooltipField": "measures"},
     {"field": "value", "headerName": "Score", "width": 100},
@@ -62,6 +67,7 @@ def _layout(context: Context, query: Query) -> Any:
         *_patterns(context, run, head, query.dark),
         *_curves(context, run, head, scores, query.dark),
         *_contrast(context, run, head, query.dark),
+        reading_card.section(context, run, head, query),
         _causal(context, run, head, scores),
         _note(context, run, head),
     ]
@@ -71,6 +77,11 @@ def _layout(context: Context, query: Query) -> Any:
 def _elsewhere(context: Context, run: str, head: Head) -> list[tuple[str, str]]:
     found = [("in the atlas", link("/atlas", run=run, heads=head))]
     stored = stored_patterns(context.library.run(run))
+    own = [one for one in _kept_patterns(context, run) if (one.layer, one.index) == head]
+    if own:
+        found.append(("token by token", link("/pattern", run=run, example=own[0].example, heads=head)))
+    elif at_hand(context, context.library.run(run)):
+        found.append(("on a prompt of yours", link("/pattern", heads=head)))
     return found + [
         ("zoomable pattern", link("/pattern", run=run, pattern=name))
         for name, about in stored.items()
@@ -108,10 +119,9 @@ def _scores(scores: Scores, head: Head) -> Any:
 
 
 def _patterns(context: Context, run: str, head: Head, dark: bool) -> list[Any]:
-    kept: list[Pattern] = context.library.computed(run, ("patterns",), lambda: patterns(context.library.run(run)))
-    own = [one for one in kept if (one.layer, one.index) == head]
+    own = [one for one in _kept_patterns(context, run) if (one.layer, one.index) == head]
     if not own:
-        advice = f"workbench trace MODEL --file TEXT --patterns {head}"
+        advice = f"workbench trace {_model(context, run)} --file TEXT --patterns {head}"
         words = "No pattern of this head is in the run; examples are kept of the heads that stand out. "
         return [html.P([words, html.Code(advice), " stores one."], className="caption")]
     panels = []
@@ -120,6 +130,16 @@ def _patterns(context: Context, run: str, head: Head, dark: bool) -> list[Any]:
         panels.append(figure_panel(f"head-pattern-{at}", figure, title=f"Pattern of {head}, {one.title}"))
         panels.append(_tops(one))
     return [html.Section(panels, className="block")]
+
+
+def _kept_patterns(context: Context, run: str) -> list[Pattern]:
+    """Patterns that the run keeps beside its scores."""
+    kept: list[Pattern] = context.library.computed(run, ("patterns",), lambda: patterns(context.library.run(run)))
+    return kept
+
+
+def _model(context: Context, run: str) -> str:
+    return str(context.library.run(run).manifest.get("model", {}).get("name") or "MODEL")
 
 
 def _tops(one: Pattern) -> Any:
@@ -142,12 +162,14 @@ def _tops(one: Pattern) -> Any:
 
 
 def _curves(context: Context, run: str, head: Head, scores: Scores, dark: bool) -> list[Any]:
-    if not context.library.run(run).has_table("position_curves"):
-        return []
-    table = context.library.frame(run, "position_curves")
-    own = table[(table["layer"] == head.layer) & (table["head"] == head.head)]
+    names = [name for name in ("position_curves", "other_curves") if context.library.run(run).has_table(name)]
+    tables = [context.library.frame(run, name) for name in names]
+    parts = [table[(table["layer"] == head.layer) & (table["head"] == head.head)] for table in tables]
+    own = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
     if own.empty:
-        return []
+        advice = html.Code(f"workbench atlas {_model(context, run)}")
+        words = "The run keeps no statistics over position of this head, only of those that stand out; "
+        return [html.P([words, advice, " keeps the first-token share and the entropy of all."], className="caption")]
     own = own.drop_duplicates(["statistic", "position"])
     own = own[own["statistic"].isin(list(dict.fromkeys(own["statistic"]))[:_MOST_CURVES])]
     figure = position_curves(own, labels=scores.titles, dark=dark)
@@ -156,7 +178,8 @@ def _curves(context: Context, run: str, head: Head, scores: Scores, dark: bool) 
 
 def _contrast(context: Context, run: str, head: Head, dark: bool) -> list[Any]:
     if not context.library.run(run).has_table("domain_contrast"):
-        return []
+        advice = html.Code(f"workbench heads {_model(context, run)} --detectors active_dormant")
+        return [html.P(["The run has no contrast of domains; ", advice, " measures it."], className="caption")]
     table = context.library.frame(run, "domain_contrast")
     if not {"prose", "code"} <= set(table["domain"]):
         return []
@@ -177,17 +200,14 @@ def _contrast(context: Context, run: str, head: Head, dark: bool) -> list[Any]:
 
 def _causal(context: Context, run: str, head: Head, scores: Scores) -> Any:
     """Verified sets that this head is in, and single ablations of it, where the run has any."""
-    library = context.library
-    rows: list[dict[str, Any]] = []
-    for name in ("verification", "single_heads"):
-        if library.run(run).has_table(name):
-            table = library.frame(run, name)
-            if "heads" in table:
-                has = table["heads"].astype(str).str.contains(rf"(?:^|[^0-9A-Za-z]){head}(?:[^0-9]|$)", regex=True)
-                rows += table[has].to_dict("records")
+    rows = [row for name in (run, *_checking(context, run)) for row in _checks(context, name, head)]
     if not rows:
-        advice = f"workbench verify MODEL --heads {head}"
-        words = ["No causal check in this run names this head; ", html.Code(advice), " removes it and measures."]
+        advice = f"workbench verify {_model(context, run)} --heads {head}"
+        words = [
+            "No causal check of this model's runs names this head; ",
+            html.Code(advice),
+            " removes it and measures.",
+        ]
         return html.Section([html.H3("Causal evidence"), html.P(words, className="caption")])
     shown = [
         {
@@ -198,14 +218,37 @@ def _causal(context: Context, run: str, head: Head, scores: Scores) -> Any:
             "control": f"{number(row.get('control_effect'), 3)} "
             f"({interval(row.get('control_low'), row.get('control_high'), 3)})",
             "q": probability(row.get("q")),
+            "run": row["run"],
         }
         for row in rows
     ]
     names = {"what": "Removed with it", "how": "How", "metric": "Measured", "effect": "Effect (95 % interval)",
-             "control": "Matched random heads (range)", "q": "q"}  # fmt: skip
+             "control": "Matched random heads (range)", "q": "q",
+             "run": "Run"}  # fmt: skip
     columns = [{"field": key, "headerName": text, "flex": 1, "minWidth": 120} for key, text in names.items()]
     grid = data_grid("head-causal", shown, columns, height=90 + 30 * min(len(shown), 8))
     return html.Section([html.H3("Causal evidence"), grid], className="block")
+
+
+def _checks(context: Context, run: str, head: Head) -> list[dict[str, Any]]:
+    """Ablations of a run that this head was part of."""
+    rows: list[dict[str, Any]] = []
+    for name in ("verification", "verification_single"):
+        if context.library.run(run).has_table(name):
+            table = context.library.frame(run, name)
+            has = table["heads"].astype(str).str.contains(rf"(?:^|[^0-9A-Za-z]){head}(?:[^0-9]|$)", regex=True)
+            rows += [{**row, "run": run} for row in table[has].to_dict("records")]
+    return rows
+
+
+def _checking(context: Context, run: str) -> list[str]:
+    """Other runs with the same weights that check heads by ablation, the newest first."""
+    weights = context.library.run(run).manifest.get("model", {}).get("weights_sha256")
+    table = context.library.table()
+    able = table[(table["status"] == "complete") & table["kind"].isin(_CHECKING)]
+    names = [str(name) for name in able["name"].head(_MOST_RUNS) if name != run]
+    same = [name for name in names if context.library.run(name).manifest.get("model", {}).get("weights_sha256")]
+    return [name for name in same if context.library.run(name).manifest["model"]["weights_sha256"] == weights]
 
 
 def _note(context: Context, run: str, head: Head) -> Any:
@@ -233,9 +276,13 @@ def _register(app: Dash, context: Context) -> None:
         prevent_initial_call=True,
     )
     def go(run: str | None, head: str | None, now: str | None) -> Any:
-        query = to_query({"run": run, "head": head})
+        shown = read_query(now)
         # Without a new address the page is as it was; with one it is built anew.
-        return no_update if not run or not head or query == now else query
+        if not run or not head or (run, head) == (shown.get("run"), shown.get("head")):
+            return no_update
+        return to_query({"run": run, "head": head, "tokens": shown.get("tokens")})
+
+    reading_card.register(app, context)
 
     @app.callback(
         Output("head-note-said", "children"),
