@@ -1,4 +1,4 @@
-"""Drafted, prefix-sharing decoding against token-by-token decoding; given answers against a teacher-forced trace."""
+"""Prompts that share beginnings and are written side by side; given answers against a teacher-forced trace."""
 
 from __future__ import annotations
 
@@ -44,31 +44,56 @@ def close(found, truth) -> None:
 @pytest.mark.parametrize(
     "subject", ["llama", "mistral", "gemma2", "gemma3", "gpt_oss", "gpt2", "opt", "qwen3_moe"], indirect=True
 )
-def test_drafts_right_wrong_and_missing_change_nothing(subject, monkeypatch):
+def test_prompts_written_side_by_side_are_those_written_one_by_one(subject, monkeypatch):
     # So few tokens at a time that prompts are cut.
     monkeypatch.setattr(continuations, "CHUNK", 3)
     prompts = grid()
     truth = subject.model.generate(Batch.from_ids(prompts), STEPS, statistics=rows(), stop_ids=())
-    right = truth.ids.tolist()
-    half = [[*row[:4], 3, 4, 5] for row in right]
-    for drafts in (None, right, half, [[11] * 30] * len(prompts)):
-        found = continue_greedily(
-            subject.model, prompts, STEPS, drafts=drafts, statistics=rows(), stop_ids=()
-        )  # fmt: skip
-        close(found, truth)
+    # All together; two at a time, of which one has to end first; no room for a second.
+    for most, room in ((32, 1 << 30), (2, 1 << 30), (32, 1)):
+        monkeypatch.setattr(continuations, "MOST", most)
+        monkeypatch.setattr(continuations, "ROOM", room)
+        close(continue_greedily(subject.model, prompts, STEPS, statistics=rows(), stop_ids=()), truth)
 
 
-@pytest.mark.parametrize("subject", ["llama"], indirect=True)
-def test_stops_end_an_answer_within_a_draft(subject):
+@pytest.mark.parametrize("subject", ["llama", "gemma3"], indirect=True)
+@pytest.mark.parametrize("most", [2, 32])
+def test_answers_end_at_stops_each_at_its_own(subject, most, monkeypatch):
+    monkeypatch.setattr(continuations, "MOST", most)
     prompts = grid()
     free = subject.model.generate(Batch.from_ids(prompts), STEPS, stop_ids=()).ids
-    stop = int(free[0, 3])
+    stop, done = int(free[0, 3]), []
     truth = subject.model.generate(Batch.from_ids(prompts), STEPS, statistics=rows(), stop_ids=[stop])
     found = continue_greedily(
-        subject.model, prompts, STEPS, drafts=free.tolist(), statistics=rows(), stop_ids=[stop]
+        subject.model, prompts, STEPS, statistics=rows(), stop_ids=[stop],
+        progress=lambda step, of: done.append((step, of)),
     )  # fmt: skip
     assert (truth.ids < 0).any()
     close(found, truth)
+    assert done == [(step, len(prompts)) for step in range(1, len(prompts) + 1)]
+
+
+@pytest.mark.parametrize("subject", ["llama"], indirect=True)
+def test_statistics_are_read_where_they_are_wanted(subject):
+    prompts, asked = grid(), {}
+    whole = continue_greedily(subject.model, prompts, STEPS, statistics=rows(), stop_ids=())
+
+    def second(index, written):
+        asked[index] = list(written)
+        return index == 1
+
+    found = continue_greedily(subject.model, prompts, STEPS, statistics=rows(), stop_ids=(), wanted=second)
+    assert [asked[index] for index in range(len(prompts))] == whole.ids.tolist() == found.ids.tolist()
+    for name, value in whole.values.items():
+        torch.testing.assert_close(found[name][1], value[1], equal_nan=True)
+        rest = found[name][[0, 2, 3, 4]]
+        assert (rest.isnan() if rest.is_floating_point() else rest == -1).all()
+    none = continue_greedily(
+        subject.model, prompts, STEPS, statistics=rows(), stop_ids=(), wanted=lambda index, written: False
+    )
+    assert {name: value.shape for name, value in none.values.items()} == {
+        name: value.shape for name, value in whole.values.items()
+    }
 
 
 @pytest.mark.parametrize("subject", ["llama", "gemma2", "gpt_oss", "gpt2"], indirect=True)
@@ -109,9 +134,9 @@ def test_given_answers_are_rows_of_a_trace(subject):
 @pytest.mark.parametrize("subject", ["llama"], indirect=True)
 def test_a_shared_beginning_is_run_once(subject, monkeypatch):
     ran = []
-    runner = continuations._Runner._forward
+    forward = continuations._Reader._forward
     monkeypatch.setattr(
-        continuations._Runner, "_forward", lambda self, ids, rows: ran.append(len(ids)) or runner(self, ids, rows)
+        continuations._Reader, "_forward", lambda self, ids, rows: ran.append(len(ids)) or forward(self, ids, rows)
     )
     prompts = grid()
     continue_with(subject.model, prompts, [[3]] * len(prompts))
@@ -123,8 +148,6 @@ def test_a_shared_beginning_is_run_once(subject, monkeypatch):
 @pytest.mark.parametrize("subject", ["llama"], indirect=True)
 def test_what_does_not_fit_is_refused(subject):
     model, prompts = subject.model, grid()
-    with pytest.raises(RequestError, match="2 drafts for 5 prompts"):
-        continue_greedily(model, prompts, drafts=[[], []])
     with pytest.raises(RequestError, match="answer to prompt 1 has no tokens"):
         continue_with(model, prompts[:2], [[3], []])
     with pytest.raises(RequestError, match="1 answers for 2 prompts"):

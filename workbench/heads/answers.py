@@ -10,9 +10,10 @@ from torch import Tensor
 from workbench.errors import RequestError
 from workbench.heads.detector import Progress
 from workbench.models import Batch
-from workbench.tasks import NONE, Task
+from workbench.tasks import NONE, Task, accepted
 from workbench.tracing import Generation, Model, Statistic
 from workbench.tracing.continuations import continue_greedily, continue_with
+from workbench.tracing.generate import stop_tokens, texts_of
 
 
 def span_of(task: Task, name: str) -> Tensor:
@@ -45,12 +46,19 @@ def written_answers(
     progress: Progress | None = None,
     stop_ids: Sequence[int] | None = None,
 ) -> Generation:
-    """What the model writes itself; the gold replies serve as drafts, which change nothing but the time."""
-    asked = prompts_of(decoding_of(task))
-    drafts = [ids[len(prompt) :] for ids, prompt in zip(prompts_of(task.batch), asked, strict=True)]
+    """What the model writes itself; statistics of the answers that are right (`accepted`), of others NaN or -1."""
+    if model.tokenizer is None:
+        raise RequestError("Answers are judged as text; load the model with a tokenizer.")
+    stops = stop_tokens(model) if stop_ids is None else set(stop_ids)
+
+    def right(index: int, written: Sequence[int]) -> bool:
+        (text,) = texts_of(model, torch.tensor([list(written)]), stops) or [""]
+        return bool(accepted([text], [task.answers[index]])[0])
+
     return continue_greedily(
-        model, asked, max_new_tokens, drafts=drafts, statistics=statistics, stop_ids=stop_ids, progress=progress
-    )
+        model, prompts_of(decoding_of(task)), max_new_tokens, statistics=statistics, stop_ids=stops, wanted=right,
+        progress=progress,
+    )  # fmt: skip
 
 
 def given_answers(
