@@ -14,7 +14,9 @@ import pandas as pd
 import pytest
 import torch
 
+from workbench.apps.ledger import Ledger
 from workbench.apps.settings import AppSettings
+from workbench.apps.tokens.prompts import measure, patterns_folder
 from workbench.runs import Run, RunWriter
 from workbench.runs.patterns import Masking, open_pattern, pattern_tensors, write_pattern
 
@@ -131,6 +133,9 @@ def test_pointing_shades_both_ways_and_locking_tells_exact_weights(visit, exact)
     assert set(forth) == set(sorted(range(21, COUNT), key=lambda at: -matrix[at, 20])[:12]) & {
         at for at in range(21, COUNT) if matrix[at, 20] >= 0.05
     }
+
+    tip = page.text_content(".tok-tip")
+    assert "looks most at “w12” (12): 0.9" in tip and "is looked at most by" in tip
 
     page.click(word(20))
     page.until("location.search.includes('at=20')")
@@ -345,6 +350,31 @@ def test_a_prompt_typed_on_the_page_is_measured_kept_and_restored(visit, folder,
     assert "L1H3" in query(again)["heads"]
     outcome = json.loads((folder / ".lab" / f"{query(again)['job']}.json").read_text())
     assert outcome["asked"]["prompt"] == "Another one"
+
+
+def test_a_prompt_that_is_being_measured_survives_a_reload(visit, folder, model_folder):
+    from workbench import load
+
+    model = load(model_folder)
+    result = measure(model, "The class statement", patterns_folder(folder / ".lab"), lambda done, total: None)
+    model.detach()
+    ledger, asked = Ledger(folder / ".lab"), {"prompt": "The class statement"}
+    job = ledger.open({"asked": asked})
+    page = visit(f"/pattern?job={job}&heads=L2H3")
+    assert page.input_value("#pattern-prompt") == "The class statement"
+    page.reload()
+    page.wait_for_selector("#pattern-outcome [role=status]")
+    assert "waiting" in page.text_content("#pattern-outcome")
+    ledger.close(job, {"status": "done", "result": result, "asked": asked})
+    page.until(READY)
+    assert page.locator('.tok-card[data-head="L2H3"] .tok').count() == len(result["tokens"])
+    # What is no prompt's says so.
+    trial = ledger.open({})
+    ledger.close(trial, {"status": "done", "result": {"model": "toy"}, "asked": {}})
+    assert "trial of the lab" in visit(f"/pattern?job={trial}").text_content("main")
+    lost = ledger.open({})
+    ledger.close(lost, {"status": "cancelled", "asked": asked})
+    assert "was cancelled" in visit(f"/pattern?job={lost}").text_content("main")
 
 
 def test_prompts_that_cannot_be_shown_are_refused_on_the_page(visit):

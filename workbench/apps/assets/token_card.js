@@ -310,6 +310,18 @@ window.workbenchTokens = (function () {
       if (pair && weight !== null) this.pair.dataset.value = weight; else delete this.pair.dataset.value;
     }
 
+    // The strongest tie of a token each way, exactly.
+    most(at) {
+      const lines = [make("div", {}, ...this.view.word(at))];
+      for (const forth of [false, true]) {
+        const [best] = this.view.shows(forth ? "forth" : "back") ? this.strongest(at, forth, 1, 0) : [];
+        if (!best) continue;
+        const words = make("span", { class: `tok-key ${forth ? "forth" : "back"}` }, forth ? "is looked at most by" : "looks most at");
+        lines.push(make("div", {}, words, " ", ...this.view.word(best.at), ": ", make("strong", {}, exact(best.weight))));
+      }
+      return lines;
+    }
+
     pairWords(pair, weight) {
       const value = weight === null ? "hidden by the window" : exact(weight);
       return ["query ", ...this.view.word(pair.row), " → key ", ...this.view.word(pair.key), ": ", make("strong", {}, value)];

@@ -235,8 +235,8 @@
       this.draw();
       if (!card.weights) return;
       const box = element.getBoundingClientRect();
-      const pair = this.pair || { row: at, key: at };
-      this.showTip(card.pairWords(pair, card.weights.at(pair.row, pair.key)), box.left, box.bottom + 6);
+      const words = this.pair ? card.pairWords(this.pair, card.weights.at(this.pair.row, this.pair.key)) : card.most(at);
+      this.showTip(words, box.left, box.bottom + 6);
     }
 
     pointCell(row, key, event, card) {
