@@ -22,6 +22,8 @@ from workbench.runs.patterns import Masking, open_pattern, pattern_tensors, writ
 
 COUNT = 36
 READY = "document.querySelector('.tokens-view')?.dataset.ready === 'yes'"
+# Half of its rows goes to a learned sink.
+SUNK = (3, 2)
 HEADS = [(layer, head) for layer in range(1, 4) for head in range(3)]
 NASTY = {
     3: "<img src=x onerror=window.hurt=1>",
@@ -47,7 +49,10 @@ def write_short_run(path: Path) -> None:
             if head == (2, 1):
                 q[:, 0], k[:, 0] = 0.0, 0.0
                 q[20, 0], k[12, 0] = 8.0, 2.0
-            write_pattern(writer, head, pattern_tensors(q, k, masking), masking, model="toy")
+            tensors = pattern_tensors(q, k, masking)
+            if head == SUNK:
+                tensors["lse"] += np.float32(np.log(2))
+            write_pattern(writer, head, tensors, masking, model="toy")
         writer.table("tokens", pd.DataFrame({"position": range(COUNT), "token_id": range(COUNT), "text": texts}))
         writer.done("all")
         writer.finish()
@@ -263,6 +268,8 @@ def test_the_map_points_at_tokens(visit, exact):
     assert "other" in page.get_attribute(word(12), "class")
     page.mouse.click(box["x"] + 84 + 12.5 * cell, box["y"] + 78 + 20.5 * cell)
     page.until("location.search.includes('at=20')")
+    page.keyboard.press("Escape")
+    page.until("!location.search.includes('at=')")
     # Above the diagonal there is nothing.
     page.mouse.move(box["x"] + 84 + 30.5 * cell, box["y"] + 78 + 5.5 * cell)
     page.until("document.querySelector('.tok-tip').hidden")
@@ -291,6 +298,22 @@ def test_words_map_and_weights_are_saved(visit, exact):
     texts = [one.text for one in words.iter(name + "text")]
     assert texts[3] == NASTY[3] and len(texts) == COUNT and len(list(words.iter(name + "path"))) > 0
     assert len(list(whole.iter(name + "image"))) == 1 and not list(words.iter(name + "script"))
+
+
+def test_what_no_token_gets_is_told(visit):
+    page = opened(visit, heads="L3H2,L2H1", at=20)
+    told = [page.text_content(f'.tok-card[data-head="{name}"] .tok-says') for name in ("L3H2", "L2H1")]
+    assert "on no token 0.50" in told[0] and "on no token" not in told[1]
+
+
+def test_an_address_of_one_pattern_shows_that_head(visit):
+    page = opened(visit, heads="L3H2")
+    page.click("main >> text=Zoomable map")
+    page.click("main >> text=L2H2")
+    page.wait_for_selector(".zoom-stage canvas")
+    page.click("main >> text=Token by token")
+    page.wait_for_selector('.tok-card[data-head="L2H2"]')
+    assert page.locator(".tok-card").count() == 1
 
 
 def test_short_stored_patterns_have_both_views(visit):

@@ -84,6 +84,12 @@ window.workbenchTokens = (function () {
       return key > row || key <= row - this.reach ? null : this.values[(row * (row + 1)) / 2 + key];
     }
 
+    sum(row) {
+      let found = 0;
+      for (let key = 0; key <= row; key++) found += this.at(row, key) || 0;
+      return found;
+    }
+
     // Where colours end.
     top(first) { return (first ? Math.max(this.tops.first, this.tops.rest) : this.tops.rest) || 1; }
 
@@ -298,6 +304,9 @@ window.workbenchTokens = (function () {
         parts.push(make("span", { class: "tok-key back" }, "looks at"), ...(found.length ? list(found) : [` no earlier token above ${TOLD}`]));
         parts.push(`; itself ${brief(own)}`);
         if (sink !== null) parts.push(`; position 0 ${brief(sink)}`);
+        // A learned sink takes what is missing in a row.
+        const missing = 1 - this.weights.sum(focus);
+        if (missing > TOLD) parts.push(`; on no token ${brief(missing)}`);
         parts.push(". ");
       }
       if (view.shows("forth")) {

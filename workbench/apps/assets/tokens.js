@@ -47,7 +47,8 @@
       this.about = about;
       const from = new URLSearchParams(location.search), known = new Set(about.heads);
       const asked = (from.get("heads") || "").split(",").filter((name) => known.has(name));
-      const last = lastHeads.filter((name) => known.has(name));
+      // An address that names one head's pattern means that one.
+      const last = from.has("pattern") ? [] : lastHeads.filter((name) => known.has(name));
       const heads = asked.length ? asked : last.length ? last : [about.start];
       const at = from.get("at"), pick = (name, options) => (options.some(([value]) => value === from.get(name)) ? from.get(name) : DEFAULTS[name]);
       this.locked = at !== null && /^\d+$/.test(at) && Number(at) < about.tokens.length ? Number(at) : null;
@@ -160,11 +161,13 @@
         this.thumbs[next].focus();
         event.preventDefault();
       });
-      this.box.addEventListener("keydown", (event) => {
-        if (event.key !== "Escape") return;
+      // Wherever the focus is, but for fields that have a use for it.
+      this.escape = (event) => {
+        if (event.key !== "Escape" || event.target.matches("input, textarea, select")) return;
         this.tip.hidden = true;
         if (this.locked !== null) this.lock(this.locked);
-      });
+      };
+      document.addEventListener("keydown", this.escape);
       // Its height follows from what is told of a token, and changes nothing.
       this.size = new ResizeObserver(([one]) => {
         if (one.contentRect.width === this.width) return;
@@ -303,6 +306,7 @@
     }
 
     end() {
+      document.removeEventListener("keydown", this.escape);
       for (const one of [this.size, this.scheme, this.lazy]) one && one.disconnect();
     }
   }
