@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from workbench.errors import ModelRefused
 from workbench.models import AttentionCall
+from workbench.models.memory import free_memory
 
 # Layer of the cache -> keys and values `[kv_head, token, dim]`.
 Store = dict[int, tuple[Tensor, Tensor]]
@@ -212,6 +213,8 @@ class _Separate(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return -1
 
 
-def room(device: torch.device, least: int) -> int:
-    """Bytes that ends may take: a quarter of what a GPU has free, `least` elsewhere."""
-    return max(least, torch.cuda.mem_get_info(device)[0] // 4) if device.type == "cuda" else least
+def room(device: torch.device, most: int) -> int:
+    """Bytes that ends may take: a quarter of what is free, and not more than `most` but on a GPU."""
+    free = free_memory(device)
+    share = most if free is None else free // 4
+    return share if device.type == "cuda" else min(most, share)

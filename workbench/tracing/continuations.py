@@ -38,7 +38,7 @@ from workbench.tracing.statistics import Measured, Statistic
 
 # Tokens run at once against a filled cache: attention there takes a mask of so many rows.
 CHUNK = 1024
-# Keys set aside (on a GPU a quarter of what is free, if that is more), and texts written together at most.
+# Bytes of keys set aside (a quarter of what is free if that is less, or on a GPU), and texts written together at most.
 ROOM, MOST = 1 << 30, 32
 
 
@@ -130,7 +130,7 @@ class _Reader:
     ) -> None:
         self._model, self._hf = model, model.attachment.hf_model
         self._statistics, self._wanted, self._progress = statistics, wanted, progress
-        self._path, self._ends = Path(), Ends()
+        self._path, self._ends, self._room = Path(), Ends(), room(model.device, ROOM)
         # The path's tokens; the text that is read along it, how many of its rows write, and whether ends run instead.
         self._held: list[int] = []
         self._reading: Text | None = None
@@ -225,10 +225,9 @@ class _Reader:
 
     def _make_room(self, size: int, most: int, stops: set[int]) -> None:
         """Where one more does not fit, pass until no more than half of what fits is left."""
-        limit = room(self._model.device, ROOM)
-        if len(self._ends.texts) < MOST and self._ends.bytes() + size <= limit:
+        if len(self._ends.texts) < MOST and self._ends.bytes() + size <= self._room:
             return
-        while self._ends.texts and (len(self._ends.texts) > MOST // 2 or self._ends.bytes() + size > limit // 2):
+        while self._ends.texts and (len(self._ends.texts) > MOST // 2 or self._ends.bytes() + size > self._room // 2):
             self._pass(most, stops)
 
     def _pass(self, most: int, stops: set[int]) -> None:
