@@ -340,13 +340,15 @@ def test_small_maps_and_words_follow_light_and_dark(visit):
 
 
 def test_a_prompt_typed_on_the_page_is_measured_kept_and_restored(visit, folder, model_folder):
-    page = visit("/pattern")
+    page = visit("/pattern?heads=L2H1")
     page.fill("#pattern-prompt", "The <b>class</b> statement defines a class; the class statement")
     page.click("#pattern-show")
     page.wait_for_selector(".tok-card")
     page.until(READY)
     assert "12 heads" in page.text_content("#pattern-outcome") and page.locator(".tok-thumb").count() == 12
     assert page.locator("main b").count() == 0 and "workbench trace" in page.text_content("#pattern-outcome details")
+    # The head that another page's link named.
+    assert query(page)["heads"] == "L2H1"
     page.click(".tok-thumb[data-head=L1H3]")
     page.until(READY)
     page.click(word(5, "L1H3"))
@@ -370,7 +372,7 @@ def test_a_prompt_typed_on_the_page_is_measured_kept_and_restored(visit, folder,
     again.click("#pattern-show")
     again.until(f"!location.search.includes('{query(page)['job']}')")
     again.until(READY)
-    assert "L1H3" in query(again)["heads"]
+    assert query(again)["heads"] == "L2H1,L1H3"
     outcome = json.loads((folder / ".lab" / f"{query(again)['job']}.json").read_text())
     assert outcome["asked"]["prompt"] == "Another one"
 

@@ -217,7 +217,7 @@
 
     arrived(card) {
       if (this.home === null) this.home = card.weights.telling();
-      if (this.locked !== null) card.show(this.locked);
+      card.show(this.focus());
       this.box.dataset.ready = [...this.cards.values()].every((one) => one.weights) ? "yes" : "no";
       this.draw();
     }

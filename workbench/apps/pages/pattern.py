@@ -9,7 +9,7 @@ from typing import Any
 import dash_mantine_components as dmc
 from dash import Dash, Input, Output, State, dcc, html, no_update
 
-from workbench.apps.address import Query, link, to_query
+from workbench.apps.address import Query, link, read_heads, read_query, to_query
 from workbench.apps.context import Context, Page
 from workbench.apps.library import shortened
 from workbench.apps.shell import refusal
@@ -206,14 +206,18 @@ def _register(app: Dash, context: Context) -> None:
         Output("pattern-stored", "children"),
         Input("pattern-show", "n_clicks"),
         State("pattern-prompt", "value"),
+        State("url", "search"),
         prevent_initial_call=True,
     )
-    def show(wanted: int | None, text: str | None) -> Any:
+    def show(wanted: int | None, text: str | None, search: str | None) -> Any:
         if not wanted:
             return (no_update,) * 6
         prompt = prompts.read_prompt(text, context.settings.most_prompt_characters)
         job = live.submit({"prompt": prompt}, "patterns")
-        query = to_query({"job": job})
+        here = read_query(search)
+        # Heads that another page asked for; once a prompt is shown, the browser knows which heads are.
+        heads = [] if here.get("job") else read_heads(here)
+        query = to_query({"job": job, "heads": ",".join(heads)})
         return query, "/pattern" + query, job, False, _outcome(job, live.state(job)), None
 
     @app.callback(
