@@ -112,6 +112,17 @@ def test_the_chat_template_is_used_if_there_is_one_and_not_refused(chatting, bar
         needle_grid(bare, (320,), chat=True)
 
 
+@pytest.mark.parametrize("name", ["org/tiny-1b-Instruct", "tiny-2b-it", "/models/Tiny-Chat-v0.3/"])
+def test_plain_prompts_for_a_chat_model_without_a_template_are_asked_for_by_name(bare, name, monkeypatch):
+    monkeypatch.setattr(bare, "name_or_path", name)
+    with pytest.raises(RequestError, match="chat model, but its tokenizer has no chat template"):
+        needle_grid(bare, (320,), depths=1)
+    plain = needle_grid(bare, (320,), depths=1, chat=False)
+    # A name that says nothing of chats, also in a folder that does.
+    monkeypatch.setattr(bare, "name_or_path", "instruct/tiny-1b-italian")
+    assert torch.equal(needle_grid(bare, (320,), depths=1).batch.ids, plain.batch.ids)
+
+
 def test_prompts_to_decode_are_the_prompts_without_their_answers(grid):
     task, tokenizer = grid
     assert task.answers == tuple(needle_of(task, prompt).answer for prompt in range(len(task)))

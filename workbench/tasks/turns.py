@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from workbench.tasks.encoding import Prefix, default_prefix
 
 # Stands for the user's words while the template is rendered; occurs in no text.
 _MARK = "\u2063workbench\u2063"
+# Names of models that were trained to answer in a chat turn (gemma-2-2b-it, Llama-3.1-8B-Instruct, Qwen1.5-14B-Chat).
+_CHAT_NAME = re.compile(r"(?:^|[-_./])(?:instruct|chat|it)(?:[-_.]|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,13 @@ class Turn:
         if chat and not template:
             raise RequestError(
                 f"chat=True, but {type(tokenizer).__name__} has no chat template; pass chat=False or nothing."
+            )
+        name = str(getattr(tokenizer, "name_or_path", ""))
+        if chat is None and not template and _CHAT_NAME.search(name.rstrip("/").rpartition("/")[2]):
+            raise RequestError(
+                f"By its name {name!r} is a chat model, but its tokenizer has no chat template, and a plain prompt "
+                "would measure something else: give it its template (tokenizer.chat_template, or chat_template.jinja "
+                "in the model's folder), or pass chat=False to ask in plain text all the same."
             )
         if chat is False or not template:
             return Turn("", "", default_prefix(tokenizer), chat=False)
