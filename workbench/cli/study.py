@@ -44,11 +44,19 @@ Place = Annotated[Path | None, typer.Option(metavar="RUN", help="Folder of the r
 def run(
     path: StudyPath,
     engine: Annotated[
-        EngineName, typer.Option(help="local: here, one after the other; ray: several at once, also on a cluster.")
+        EngineName, typer.Option(help="local: on this machine; ray: by Ray, also on a cluster.")
     ] = EngineName.local,
     workers: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Ray's workers, at most. [default: one a GPU or core]"),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Cells measured at once. [default: local: 1, in this process; ray: one a GPU or core]",
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="A", help="Ray's cluster, as ray://host:10001. [default: RAY_ADDRESS, or this machine]"),
     ] = None,
     model: ModelName = None,
     out: Place = None,
@@ -72,7 +80,7 @@ def run(
         from workbench.studies.store import Store
 
         study = read_study(path)
-        worker = make_engine(engine.value, device, workers)
+        worker = make_engine(engine.value, device, workers, address)
     target = out or default_place(study, model)
     session.run, session.cells = target, Store(target).folder
     wanted = None if dtype is None else dtype.value
