@@ -269,3 +269,24 @@ def test_the_demo_leaves_another_run_alone(call, heads_run):
     result = call("demo", "--out", heads_run)
     assert result.exit_code == 2
     assert "holds a run of kind heads, not a demo" in result.stderr
+
+
+def test_heads_and_traces_are_measured_without_some_heads(call, heads_run, model_folder):
+    good(call("heads", model_folder, "--prompts", 3, "--ablate", "L0H1,L1H0", "--out", "without"))
+    run = Run.open("without")
+    assert run.manifest["settings"]["ablate"] == {"heads": ["L0H1", "L1H0"], "how": "zero"}
+    assert "retrieval_greedy" not in set(run.table("head_scores")["detector"])
+    compared = good(call("runs", "compare", heads_run, "without", "--top", 3)).stdout
+    assert "without L0H1, L1H0 (zero ablation)" in " ".join(compared.split())
+    text = ("--prompt", "The class statement defines a class.")
+    good(call("trace", model_folder, *text, "--out", "intact"))
+    good(call("trace", model_folder, *text, "--ablate", "L0H1", "--how", "mean", "--out", "ablated"))
+    assert Run.open("ablated").manifest["settings"]["ablate"]["how"] == "mean"
+    assert "one text has no interval" in " ".join(good(call("runs", "compare", "intact", "ablated")).stdout.split())
+    for wrong, words in (
+        (("--how", "mean"), "name them too"),
+        (("--ablate", "L9H9"), "L9H9"),
+        (("--ablate", "L0H1", "--patterns", "L0H0"), "leave it out with --ablate"),
+    ):
+        refused = call("trace", model_folder, *text, *wrong, "--out", "none")
+        assert refused.exit_code == 2 and words in " ".join(refused.stderr.split())

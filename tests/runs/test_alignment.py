@@ -25,7 +25,7 @@ def test_heads_in_another_order_within_their_layers_are_found_again():
     for layer in range(6):
         b.loc[[(layer, int(new)) for new in order[layer]]] = a.loc[[(layer, old) for old in range(5)]].to_numpy()
     found = align(a, b, window=0.1)
-    assert found.alone == 0 and found.distance < 1e-6 < 0.1 < found.null
+    assert found.alone == (0, 0) and found.distance < 1e-6 < 0.1 < found.null
     assert all(row.layer_a == row.layer_b and order[row.layer_a][row.head_a] == row.head_b
                for row in found.pairs.itertuples())  # fmt: skip
     assert (found.pairs["q"] < 0.05).all()
@@ -45,7 +45,7 @@ def test_no_pair_leaves_its_window_and_no_head_is_used_twice():
     assert (found.pairs["depth_a"] - found.pairs["depth_b"]).abs().max() <= 0.2 + 1e-9
     for side in "ab":
         assert not found.pairs.duplicated([f"layer_{side}", f"head_{side}"]).any()
-    assert len(found.pairs) == 12 and found.alone == 24
+    assert len(found.pairs) == 12 and found.alone == (0, 24)
 
 
 def test_unrelated_models_are_no_nearer_than_shuffled_ones():

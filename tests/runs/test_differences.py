@@ -8,6 +8,7 @@ import pytest
 import xarray as xr
 from scipy import stats
 
+from workbench.errors import RunError
 from workbench.heads.detector import PromptScores
 from workbench.runs import RunWriter, compare_runs
 from workbench.runs.differences import between, from_intervals, paired, two_samples
@@ -140,6 +141,12 @@ def test_traces_are_compared_by_their_statistics(tmp_path):
     assert found[["low", "high", "p", "q"]].isna().all(axis=None) and set(found["method"]) == {"none"}
     notes = " ".join(found.attrs["notes"])
     assert "one text has no interval" in notes and "B is without L0H1 (zero ablation)" in notes
+
+
+def test_head_scores_and_a_trace_are_not_compared(tmp_path):
+    a = trace_run(tmp_path / "a", np.zeros((2, 3)))
+    with pytest.raises(RunError, match="compare two of a kind"):
+        compare_runs(a, run_of(tmp_path / "b", np.zeros((4, 2, 3))))
 
 
 def test_traces_over_several_prompts_have_intervals(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.apps.live import Progress
+from workbench.apps.readings import read_job
 from workbench.apps.tokens import prompts
 from workbench.apps.trials import read_trial, run_trial
 from workbench.tracing import Model
@@ -24,4 +25,4 @@ def _patterns(model: Model, asked: Mapping[str, Any], folder: Path, progress: Pr
     return prompts.measure(model, str(asked["prompt"]), prompts.patterns_folder(folder), progress)
 
 
-JOBS: dict[str, Job] = {"trial": _trial, "patterns": _patterns}
+JOBS: dict[str, Job] = {"trial": _trial, "patterns": _patterns, "reading": read_job}

@@ -10,7 +10,7 @@ from dash import Dash, Input, Output, State, dcc, html, no_update
 
 from workbench.apps.address import Query, to_query
 from workbench.apps.context import Context
-from workbench.apps.readings import asked_of, at_hand, kept_reading, read_job
+from workbench.apps.readings import JOB, asked_of, at_hand, kept_reading
 from workbench.apps.shell import refusal
 from workbench.errors import RequestError, WorkbenchError
 from workbench.figures.text import number, probability
@@ -224,8 +224,7 @@ def register(app: Dash, context: Context) -> None:
         kept = kept_reading(context, asked)
         if kept is not None:
             return query, "/head" + query, "", True, _reading(kept)
-        folder = context.live.folder
-        job = context.live.submit(asked, lambda model, progress: read_job(model, asked, folder, progress))
+        job = context.live.submit(asked, JOB)
         query = to_query({"run": run, "head": name, "tokens": text, "reading": job})
         return query, "/head" + query, job, False, _told(context.live.state(job))
 

@@ -47,7 +47,8 @@ Array = NDArray[np.float64]
 class Alignment:
     """`pairs`: layer_a, head_a, depth_a, layer_b, head_b, depth_b, distance, p, q, the nearest first; `held_out`:
     detector, rho over the pairs made without it; chance, low and high: mean, least and greatest rho of random pairs.
-    `detectors` made the profiles; `distance` and `null` are means over pairs, as found and as shuffled.
+    `detectors` made the profiles; `distance` and `null` are means over pairs, as found and as shuffled;
+    `alone` is how many heads of either have no partner.
     """
 
     pairs: pd.DataFrame
@@ -55,7 +56,7 @@ class Alignment:
     detectors: tuple[str, ...]
     distance: float
     null: float
-    alone: int
+    alone: tuple[int, int]
 
 
 def align_runs(a: Run, b: Run, *, window: float = WINDOW, seed: int = 0) -> Alignment:
@@ -105,7 +106,7 @@ def align(a: pd.DataFrame, b: pd.DataFrame, *, window: float = WINDOW, seed: int
     pairs = _table(a, b, depths, (rows, columns), distance, p)
     return Alignment(
         pairs, _held_out(first, second, allowed, shared, rng), tuple(shared), float(distance.mean()),
-        float(pool.mean()), max(len(a), len(b)) - len(rows),
+        float(pool.mean()), (len(a) - len(rows), len(b) - len(rows)),
     )  # fmt: skip
 
 

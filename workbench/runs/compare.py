@@ -29,6 +29,11 @@ def compare_runs(a: Run, b: Run) -> pd.DataFrame:
     whether all scores and intervals are the same.
     """
     left, right = _scores(a), _scores(b)
+    if a.has_table("head_scores") != b.has_table("head_scores"):
+        raise RunError(
+            f"of the runs {a.path} and {b.path}, one has head scores and the other statistics of one text, which are "
+            "not the same even where they have one name; compare two of a kind"
+        )
     joined = left.merge(right, on=_KEYS, suffixes=("_a", "_b"), sort=True)
     if joined.empty:
         raise RunError(
