@@ -49,8 +49,9 @@ def aligned(context: Context, a: str, b: str, found: Alignment, detector: str, d
     pairs = found.pairs
     near = int((pairs["q"] < SIGNIFICANT).sum())
     distances = f"Mean distance of pairs {number(found.distance, 3)}, with shuffled profiles {number(found.null, 3)}"
+    alone = f"{found.alone[0]} heads of A and {found.alone[1]} of B stay alone"
     notes = [
-        f"{len(pairs)} pairs by {len(found.detectors)} detectors; {found.alone[0]} heads of A and {found.alone[1]} of B stay alone.",
+        f"{len(pairs)} pairs by {len(found.detectors)} detectors; {alone}.",
         f"{distances}; {near} pairs are nearer than shuffled ones (q below {SIGNIFICANT:g}).",
         _MEANING,
     ]
