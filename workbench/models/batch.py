@@ -49,7 +49,7 @@ class Batch:
     @classmethod
     def from_ids(
         cls,
-        rows: Sequence[Sequence[int]],
+        rows: Sequence[Sequence[int]] | Int[Tensor, "prompt token"],
         pad_id: int = 0,
         side: str = "right",
         texts: Sequence[str] | None = None,

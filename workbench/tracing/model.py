@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from workbench.errors import RequestError
@@ -27,6 +28,7 @@ from workbench.tracing.trace import Collector, Trace
 from workbench.tracing.watch import Watch
 
 Progress = Callable[[int, int], None]
+Prompts = str | Sequence[str] | Sequence[Sequence[int]] | Int[Tensor, "prompt token"] | Batch
 # Prompts run together until they have this many tokens.
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 65536}
 _log = logging.getLogger("workbench")
@@ -72,9 +74,7 @@ class Model:
         """Give the Hugging Face model its own attention back."""
         self.attachment.detach()
 
-    def batch(
-        self, prompts: str | Sequence[str] | Sequence[Sequence[int]] | Batch, *, special_tokens: bool = True
-    ) -> Batch:
+    def batch(self, prompts: Prompts, *, special_tokens: bool = True) -> Batch:
         """Prompts as a batch: texts (with the tokenizer's special tokens unless turned off) or token ids."""
         if isinstance(prompts, Batch):
             return prompts
@@ -91,7 +91,7 @@ class Model:
 
     def trace(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]] | Batch,
+        prompts: Prompts,
         *,
         statistics: Statistics = (),
         sites: Sequence[str] = (),
@@ -331,7 +331,7 @@ def load(
     if remote:
         from workbench.tracing.remote import load_remote
 
-        asked = {"dtype": dtype, "device": device, "revision": revision, "through": through}
+        asked: dict[str, Any] = {"dtype": dtype, "device": device, "revision": revision, "through": through}
         return load_remote(x, remote, **{name: value for name, value in asked.items() if value is not None})
     found = resolve(x, dtype=dtype, device=device, revision=revision, through=through)
     attachment, certificate = attach_model(found.host)

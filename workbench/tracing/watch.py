@@ -51,11 +51,12 @@ class Watch:
     def running(self) -> Iterator[None]:
         """Observer and hooks in place; all removed on the way out."""
         with ExitStack() as stack:
+            # First, as it may have to run the model once.
+            stack.enter_context(skipping(self.attachment, self.plan.first_layer))
             for layer in range(self.attachment.spec.n_layers):
                 for hook in self._hooks(layer):
                     stack.callback(hook.remove)
             stack.enter_context(self._rotation.noting(self.plan.turned_layers))
-            stack.enter_context(skipping(self.attachment, self.plan.first_layer))
             stack.enter_context(self.attachment.observe(self.attention))
             yield
 

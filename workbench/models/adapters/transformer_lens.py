@@ -136,7 +136,11 @@ class BridgeHost(Host):
         return [found[name] for name in names] if len(found) == len(names) else []
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return list(dict.fromkeys(_native_parameters(self.hf_model, "")))
+        # Tied ones once, under their first name.
+        seen: dict[int, tuple[str, nn.Parameter]] = {}
+        for name, parameter in _native_parameters(self.hf_model, ""):
+            seen.setdefault(id(parameter), (name, parameter))
+        return list(seen.values())
 
     def _attentions(self) -> list[Any]:
         """The bridge's attention components, layer by layer."""

@@ -43,7 +43,7 @@ from workbench.tracing.remote.request import Group, lengths, plain_plan, refuse
 from workbench.tracing.statistics import Statistic, Statistics
 from workbench.tracing.trace import Trace
 
-ABLATED = ("zero", "mean")
+ABLATED = ("zero", "mean", "resample")
 _PROBE_TOKENS = 24
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 
@@ -59,7 +59,7 @@ class _Elsewhere:
             raise AttributeError(name)
         raise RequestError(
             f"This needs the model's {name!r} on this machine, but the model runs elsewhere (remote): there, trace() "
-            "takes statistics, sites, logits, ablations (zero, mean) and patches. Load the model here for the rest."
+            "takes statistics, sites, logits, ablations and patches. Load the model here for the rest."
         )
 
     def detach(self) -> None:
@@ -110,7 +110,7 @@ class RemoteModel(Model):
     ) -> Trace:
         """As `Model.trace`; one request for each length of prompts. `tokens_at_once` and `chunk` mean nothing there."""
         batch = self._checked(self.batch(prompts))
-        plan = Plan.compile(self.spec, list(_flat(statistics)), sites, self._with_values(listed(edits)))
+        plan = Plan.compile(self.spec, list(_flat(statistics)), sites, self._with_values(listed(edits), batch))
         refuse(plan)
         refuse_large_patterns(plan, self.spec, batch)
         plan = plan.laid_out(self.spec, batch)
@@ -141,7 +141,7 @@ class RemoteModel(Model):
                     sums[Head(layer, number)] = sums.get(Head(layer, number), torch.zeros_like(part)) + part
         return {head: (sums[head] / int(batch.mask.sum())).float() for head in chosen}
 
-    def _with_values(self, edits: Sequence[Edit]) -> list[Edit]:
+    def _with_values(self, edits: Sequence[Edit], batch: Batch) -> list[Edit]:
         resolved: list[Edit] = []
         for edit in edits:
             if isinstance(edit, Ablation):
@@ -153,7 +153,7 @@ class RemoteModel(Model):
                 edit.check(self.spec)
                 if edit.unresolved:
                     assert edit.reference is not None
-                    edit = replace(edit, values=self.head_outputs(edit.reference, edit.heads, mean=True))
+                    edit = replace(edit, values=self._values(edit, edit.reference, batch))
             resolved.append(edit)
         return resolved
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench.errors import RequestError
 from workbench.kernels import AttentionStatistics, StatisticsRequest
 from workbench.models import AttentionCall, LayerSpec
 from workbench.tracing.plan import Plan
@@ -122,7 +123,25 @@ def _value(
     return statistic.read(measured)
 
 
+class _Elsewhere(Tensor):
+    """A tensor that is on the server: its shape is known here, and nothing can be computed of it."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function not in _KNOWN:
+            raise RequestError("A statistic looks at q, k or v itself, which stay on the server; load the model here.")
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+
+_KNOWN = frozenset(getattr(Tensor, name).__get__ for name in ("shape", "device", "dtype", "ndim", "layout"))
+_KNOWN |= {Tensor.__len__, Tensor.size, Tensor.dim}
+
+
 def _shape_of_call(layer: LayerSpec, prompts: int, tokens: int) -> AttentionCall:
     """An attention call without its numbers."""
-    q, k = torch.empty(prompts, layer.heads, tokens, 0), torch.empty(prompts, layer.kv_heads, tokens, 0)
+    q, k = (
+        torch.empty(prompts, heads, tokens, 0).as_subclass(_Elsewhere)
+        for heads in (layer.heads, layer.kv_heads)
+    )
     return AttentionCall(layer.index, q, k, k, layer.scale, layer.window, layer.softcap)
