@@ -11,8 +11,9 @@ import pytest
 
 from workbench.apps.live import MOST_WAITING, Live
 from workbench.apps.settings import AppSettings
-from workbench.apps.trials import Trial, read_trial, run_trial
+from workbench.apps.trials import HOWS, Trial, _edit, read_trial, run_trial
 from workbench.errors import RequestError
+from workbench.models import Head
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,32 @@ def test_a_prompt_is_measured_intact_and_ablated(model):
     ]
 
 
+@pytest.mark.parametrize("how", HOWS)
+def test_every_form_continues_a_prompt(model, how):
+    """At strength 0 nothing changes, and at 1 the continuation is that of the tokens' own rows."""
+    fields = {"how": how, "prompt": "The class statement defines", "new_tokens": 6}
+    seen = []
+    none = run_trial(model, Trial(("L0H0", "L1H3"), strength=0.0, **fields), lambda *done: seen.append(done))["prompt"]
+    assert none["before"] == none["after"]
+    assert all(done <= total for done, total in seen) and len({total for _, total in seen}) == 1
+    trial = Trial(("L0H0", "L1H3"), **fields)
+    found = run_trial(model, trial, quiet)["prompt"]
+    assert found["before"] == none["before"] and found["after"]["loss"] != found["before"]["loss"]
+    ids = model.batch(trial.prompt).ids[0].tolist()
+    edit = _edit(model, trial, [Head(0, 0), Head(1, 3)], len(ids) + 6)
+    for text in found["after"]["new"]:
+        token = int(model.trace([ids], edits=[edit], logits="last").logits[0, -1].argmax())
+        assert model.tokenizer.decode([token]) == text
+        ids.append(token)
+
+
+def test_what_is_run_anew_is_bounded(model, monkeypatch):
+    monkeypatch.setattr("workbench.apps.trials.MOST_ANEW", 20)
+    trial = Trial(("L0H0",), how="frozen_zero", prompt="word " * 30, new_tokens=5)
+    with pytest.raises(RequestError, match="Shorten the prompt"):
+        run_trial(model, trial, quiet)
+
+
 def test_a_probe_is_compared_with_random_heads(model):
     rows = run_trial(model, Trial(("L0H1",), how="zero", probe="induction"), quiet)["probe"]
     assert rows[0]["metric"] == "induction_loss" and rows[0]["draws"] == 10
@@ -66,7 +93,10 @@ def test_a_probe_is_compared_with_random_heads(model):
         ({"heads": "nonsense", "probe": "induction"}, "names no head"),
         ({"heads": "L1H2", "probe": "magic"}, "choose one of"),
         ({"heads": "L1H2", "probe": "induction", "how": "vaporise"}, "no ablation"),
-        ({"heads": "L1H2", "prompt": "x", "how": "resample"}, "cannot be shown on one prompt"),
+        ({"heads": "L1H2", "probe": "needle", "how": "resample"}, "choose the probe 'answer'"),
+        ({"heads": "L1H2", "prompt": "x", "strength": "2"}, "strength=2.0"),
+        ({"heads": "L1H2", "prompt": "x", "strength": "nan"}, "strength=nan"),
+        ({"heads": "L1H2", "prompt": "x", "strength": "half"}, "from 0 to 1"),
         ({"heads": "L1H2", "prompt": "x", "new_tokens": "9999"}, "new_tokens=9999"),
         ({"heads": "L1H2", "prompt": "x", "draws": "many"}, "whole number"),
         ({"heads": ",".join(f"L0H{i}" for i in range(600)), "prompt": "x"}, "512 at most"),
@@ -80,7 +110,7 @@ def test_wrong_trials_are_refused_with_the_reason(fields, words):
 def test_a_trial_becomes_a_study_that_is_valid(tmp_path):
     from workbench.studies import read_study
 
-    trial = Trial(("L0H1", "L1H0"), how="zero", probe="induction", draws=12, seed=3)
+    trial = Trial(("L0H1", "L1H0"), how="zero", probe="induction", draws=12, seed=3, strength=0.25)
     text, command = trial.study("smollm2-135m")
     assert "workbench study run" in command
     (tmp_path / "study.toml").write_text(text)
@@ -92,6 +122,7 @@ def test_a_trial_becomes_a_study_that_is_valid(tmp_path):
         ("probe", "induction"),
         ("draws", 12),
         ("seed", 3),
+        ("strength", 0.25),
     ):
         assert asked[name] == value
     assert cell.measurement == "verify"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +27,19 @@ def run_named(context: Context, query: Query) -> Sequence[str]:
     return [query["run"]] if query.get("run") else []
 
 
+def nothing_more(context: Context, query: Query) -> Mapping[str, str]:
+    """A page whose runs say all that an export of it shows."""
+    del context, query
+    return {}
+
+
 @dataclass(frozen=True)
 class Page:
     """A page: its address, its name, what it shows for a query, and its callbacks.
 
     `layout` takes the query of the address (`?run=...`), any there is: what it cannot honour it says on the page.
     `register` adds the callbacks, once, when the app is made. `subject` names the runs that the page then shows (none,
-    one, or two that it compares): those that are exported.
+    one, or two that it compares): those that are exported, with what else is `shown` (a trial, the view of a pattern).
     """
 
     path: str
@@ -42,3 +48,4 @@ class Page:
     layout: Callable[[Context, Query], Any]
     register: Callable[[Any, Context], None]
     subject: Callable[[Context, Query], Sequence[str]] = run_named
+    shown: Callable[[Context, Query], Mapping[str, str]] = nothing_more

@@ -16,27 +16,41 @@ from werkzeug.exceptions import HTTPException
 from workbench.apps.address import Query, link, read_query
 from workbench.apps.context import Context, Page
 from workbench.apps.library import RunLibrary, shortened
+from workbench.apps.live import Live
+from workbench.apps.trial_run import TrialRun
+from workbench.apps.trials import read_trial
+from workbench.apps.zoom.picture import pattern_view
 from workbench.errors import RunNotFound, WorkbenchError
-from workbench.reports import BUDGET_BYTES, render
+from workbench.reports import BUDGET_BYTES, RunLike, render
+from workbench.reports.view import PatternView
 from workbench.runs import Run
 
 # Writing takes seconds of the processor: one report is made at a time, and few wait for theirs.
 MOST_ASKED = 3
 _log = logging.getLogger("workbench")
-_Render = Callable[[Run, Run | None], str]
+_Render = Callable[[RunLike, Run | None, PatternView | None], str]
+
+
+_AS = f"as one offline HTML file of at most {BUDGET_BYTES / 1e6:.0f} MB, as `workbench report` does."
 
 
 class Busy(WorkbenchError):
     """More reports are asked for than are made at a time."""
 
 
-def address_of(run: str, against: str = "") -> str:
-    """Where the report of a run is found, or that of a run beside another one."""
-    return link("/export/report.html", run=run, against=against)
+def address_of(run: str = "", against: str = "", **shown: str) -> str:
+    """Where the report of a run is found, that of a run beside another one, or that of a trial."""
+    return link("/export/report.html", run=run, against=against, **shown)
 
 
-def blueprint(library: RunLibrary) -> Blueprint:
-    """`/export/report.html?run=NAME`, and with `&against=NAME` the two compared; refusals go out as JSON.
+def study_of(trial: str) -> str:
+    """Where a trial is found as a study."""
+    return link("/export/study.toml", trial=trial)
+
+
+def blueprint(library: RunLibrary, live: Live) -> Blueprint:
+    """`/export/report.html?run=NAME`, with `&against=NAME` the two compared, with `&pattern=NAME` and a view's fields
+    that view; `?trial=ID` for a trial of the lab. Refusals go out as JSON.
 
     Names stand in the query, where any text can: a path would end at a slash or a line's end in them.
     """
@@ -54,32 +68,48 @@ def blueprint(library: RunLibrary) -> Blueprint:
         _log.error("export", exc_info=error)
         return jsonify(error="The report failed, a fault of the workbench; the server's terminal has the reason."), 500
 
-    routes.add_url_rule("/report.html", "report", partial(_report, library, _in_turn()))
+    routes.add_url_rule("/report.html", "report", partial(_report, library, live, _in_turn()))
+    routes.add_url_rule("/study.toml", "study", partial(_study, live))
     return routes
 
 
 def _in_turn() -> _Render:
     asked, at_work = BoundedSemaphore(MOST_ASKED), Lock()
 
-    def made(run: Run, against: Run | None) -> str:
+    def made(run: RunLike, against: Run | None, view: PatternView | None) -> str:
         if not asked.acquire(blocking=False):
             raise Busy(f"{MOST_ASKED} reports are being written already; export again in a few seconds.")
         try:
             with at_work:
-                return render(run, against=against)
+                return render(run, against=against, view=view)
         finally:
             asked.release()
 
     return made
 
 
-def _report(library: RunLibrary, made: _Render) -> Response:
-    run, against = request.args.get("run", ""), request.args.get("against", "")
+def _report(library: RunLibrary, live: Live, made: _Render) -> Response:
+    run, against, pattern, trial = (request.args.get(name, "") for name in ("run", "against", "pattern", "trial"))
+    if trial:
+        return _saved(made(TrialRun(trial, live.state(trial), live.name), None, None), f"trial-{trial}")
     # Opened anew, so that a report is only made of files that pass their checksums.
     first = Run.open(library.path(run))
     second = Run.open(library.path(against)) if against else None
-    page = made(first, second).encode()
-    name = f"{run}-against-{against}" if against else run
+    view = pattern_view(library, run, pattern, request.args) if pattern else None
+    return _saved(made(first, second, view), f"{run}-against-{against}" if against else run)
+
+
+def _study(live: Live) -> Response:
+    trial = request.args.get("trial", "")
+    text, command = read_trial(live.state(trial).get("asked", {})).study(str(live.name))
+    told = f"# Save as probes/from-the-lab/study.toml and run:\n# {command}\n\n{text}"
+    answer = send_file(BytesIO(told.encode()), "application/toml", as_attachment=True, download_name="study.toml")
+    answer.headers["Cache-Control"] = "no-store"
+    return answer
+
+
+def _saved(report: str, name: str) -> Response:
+    page = report.encode()
     answer = send_file(BytesIO(page), "text/html", as_attachment=True, download_name=f"{_file_name(name)}.html")
     answer.headers["Cache-Control"] = "no-store"
     return answer
@@ -122,8 +152,11 @@ def offered(context: Context, page: Page | None, query: Query) -> tuple[bool, st
             context.library.path(run)
     except WorkbenchError as error:
         return True, f"Nothing to export: {error}", ""
+    shown = dict(page.shown(context, query)) if page is not None else {}
+    trial = shown.get("trial")
+    if trial:
+        return False, f"Save this trial {_AS}", address_of(trial=trial)
     if not runs:
         return True, "Nothing to export: this page shows no run. Choose one first.", ""
     what = " beside ".join(shortened(run) for run in runs)
-    told = f"Save {what} as one offline HTML file of at most {BUDGET_BYTES / 1e6:.0f} MB, as `workbench report` does."
-    return False, told, address_of(*runs)
+    return False, f"Save {what} {_AS}", address_of(*runs, **shown)

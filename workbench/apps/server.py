@@ -55,7 +55,7 @@ def create_app(settings: AppSettings, pages: Sequence[Page] = PAGES) -> Dash:
     server.config["MAX_CONTENT_LENGTH"] = settings.most_body_bytes
     server.register_blueprint(blueprint(context.library))
     server.register_blueprint(tokens.blueprint(context.library, context.live))
-    server.register_blueprint(export.blueprint(context.library))
+    server.register_blueprint(export.blueprint(context.library, context.live))
     server.add_url_rule("/theme.css", "theme", lambda: Response(colours(), mimetype="text/css"))
     _guard(app, server, settings.hosts)
     return app

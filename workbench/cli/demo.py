@@ -106,13 +106,15 @@ def check_target(report: Path) -> None:
         )
 
 
-def write(session: Session, run: Run, report: Path, against: Run | None = None) -> None:
+def write(
+    session: Session, run: Run, report: Path, against: Run | None = None, budget_bytes: int | None = None
+) -> None:
     """Write a report, saying so."""
     with display(session.err) as shown:
         shown.step("report", str(report), kept=False)
-        from workbench.reports import write_report
+        from workbench.reports import BUDGET_BYTES, write_report
 
-        write_report(run, report, against=against)
+        write_report(run, report, against=against, budget_bytes=budget_bytes or BUDGET_BYTES)
 
 
 def _tell(session: Session, run: Run, out: Path, report: Path) -> None:

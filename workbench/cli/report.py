@@ -26,6 +26,15 @@ def report(
     against: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Another run: a section tells how its head scores differ.")
     ] = None,
+    budget: Annotated[
+        float,
+        typer.Option(
+            metavar="MB",
+            min=0.05,
+            max=1000,
+            help="The file's largest size; what is least important is left out, and the report says so.",
+        ),
+    ] = 8.0,
     open_report: options.Open = False,
 ) -> None:
     """Write a run as one HTML file that needs no network."""
@@ -35,7 +44,7 @@ def report(
     found = Run.open(run)
     target = report_path(Path(run)) if out is None else out
     check_target(target)
-    write(session, found, target, None if against is None else Run.open(against))
+    write(session, found, target, None if against is None else Run.open(against), round(budget * 1e6))
     session.say(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
     if open_report:
         webbrowser.open(target.resolve().as_uri())

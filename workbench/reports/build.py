@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,9 +29,14 @@ from workbench.reports.singles import redundancy, single_rows
 from workbench.reports.source import RunLike, ablations, frame, shown_title
 from workbench.reports.statistics import Statistics, statistics, statistics_summary
 from workbench.reports.table import head_table
+from workbench.reports.trial import trial_summary, trial_view
+from workbench.reports.view import PatternView
+from workbench.runs import Run
 
-# what may be left out, and how the report names it
-OPTIONAL = {
+# What may be left out, the least important first, and how the report names it. What stays in any case: the summary, all
+# texts and tables of findings, cards, ablations, differences and circuits, the certificate and the provenance.
+_NAMES = {
+    "losses": "losses token by token",
     "patterns": "pattern maps",
     "tokens": "token views",
     "curves": "position curves",
@@ -47,7 +53,13 @@ OPTIONAL = {
     "graph": "picture of the circuit (its strongest edges stay)",
     "faithfulness": "faithfulness curve (its table stays)",
     "roc": "recovery of the known circuit",
+    "view": "picture of the pattern (its highest cells stay)",
 }
+_ORDER = (
+    "roc contrast curves multiples agreement headmap scores tokens patterns details maps differences patches "
+    "faithfulness ablation graph losses view"
+)
+OPTIONAL = {name: _NAMES[name] for name in _ORDER.split()}
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,7 @@ class Content:
     figures: dict[str, dict[str, dict[str, Any]]]
     table: dict[str, Any] | None
     slim_table: dict[str, Any] | None
+    view: PatternView | None = None
 
     @property
     def reading(self) -> dict[str, Any] | None:
@@ -75,6 +88,8 @@ class Content:
         sizes["tokens"] = size_of([p.payload() for p in self.patterns]) + size_of(self.reading)
         if self.table is not None:
             sizes["details"] = size_of(self.table) - size_of(self.slim_table)
+        if self.view is not None:
+            sizes["view"] = self.view.size
         return {part: size for part, size in sizes.items() if size > 0}
 
     def figure_ids(self, omit: frozenset[str]) -> dict[str, dict[str, Any]]:
@@ -98,8 +113,11 @@ class Content:
         }
 
 
-def build(run: RunLike, against: RunLike | None = None) -> Content:
-    """Reads the run once and computes everything that a report may show; `against` is a run to compare it with."""
+def build(run: RunLike, against: RunLike | None = None, view: PatternView | None = None) -> Content:
+    """Reads the run once and computes everything that a report may show.
+
+    `against` is a run to compare it with, `view` what a reader had at hand of a pattern.
+    """
     known, measured = catalogue(run), statistics(run)
     # the large view starts with the head that has most to show
     found = sorted(patterns(run), key=lambda pattern: -reach(pattern.values))
@@ -110,7 +128,8 @@ def build(run: RunLike, against: RunLike | None = None) -> Content:
     by_hand = bool(verification) and all(row["by_hand"] for row in verification)
     circuits = circuits_view(run)
     compared = difference(run, against, known)
-    asks_scores = not (known or measured or by_hand or circuits)
+    trial = trial_view(run)
+    asks_scores = not (known or measured or by_hand or circuits or trial)
     scores = frame(run, "head_scores")
     if scores is None and measured is not None:
         scores = measured.scores()
@@ -131,16 +150,13 @@ def build(run: RunLike, against: RunLike | None = None) -> Content:
         "atlas": atlas_view(run, known),
         "circuits": circuits,
         "difference": compared,
-        "notes": notes_of(run),
+        "trial": trial,
+        "view": view,
         "columns": columns,
-        "remarks": remarks(run, known),
         "summary": Markup(in_order(str(_summary(run, known, leading, measured)))),
         "findings": leading,
         "verification": verification,
-        "singles": single_rows(run, known),
-        "redundancy": redundancy(run, known),
-        "probes": probes(run),
-        "switching": switching_heads(run),
+        **_beside(run, known),
         **_provenance(run),
     }
     return Content(
@@ -154,7 +170,19 @@ def build(run: RunLike, against: RunLike | None = None) -> Content:
         | ({} if compared is None else {"differences": compared.figures}),
         table=head_table(scores, columns),
         slim_table=head_table(scores, columns, details=False),
+        view=view,
     )
+
+
+def _beside(run: RunLike, known: Catalogue) -> dict[str, Any]:
+    return {
+        "notes": notes_of(run),
+        "remarks": remarks(run, known),
+        "singles": single_rows(run, known),
+        "redundancy": redundancy(run, known),
+        "probes": probes(run),
+        "switching": switching_heads(run),
+    }
 
 
 def _provenance(run: RunLike) -> dict[str, Any]:
@@ -164,12 +192,15 @@ def _provenance(run: RunLike) -> dict[str, Any]:
         "certified": run.manifest.get("certificate", {}).get("passed"),
         "model_facts": model_facts(run),
         "run_facts": run_facts(run),
+        "run_argument": shlex.quote(run.path.name) if isinstance(run, Run) else "RUN",
         "prompts": list(run.manifest.get("prompts", [])),
         "steps": steps(run),
     }
 
 
 def _summary(run: RunLike, known: Catalogue, leading: list[Finding], measured: Statistics | None) -> Markup:
+    if run.manifest.get("trial") and not run.has_table("verification"):
+        return trial_summary(run)
     if run.manifest.get("circuits"):
         return circuits_summary(run)
     if measured is not None and not known:

@@ -28,6 +28,7 @@ from workbench.reports.examples import Pattern
 from workbench.reports.payload import figure_pair
 from workbench.reports.source import RunLike, ablations, frame
 from workbench.reports.statistics import Statistics
+from workbench.reports.trial import trial_charts
 
 Pair = dict[str, Any]
 
@@ -37,7 +38,8 @@ def charts(
 ) -> dict[str, dict[str, Pair]]:
     """`{part: {figure id: figure}}` for all that the run's tables allow."""
     parts: dict[str, dict[str, Pair]] = {}
-    plans = [*atlas_charts(run, known), *circuit_charts(run), *_plans(run, known, cards, found), *_statistics(measured)]
+    plans = [*trial_charts(run), *atlas_charts(run, known), *circuit_charts(run)]
+    plans += [*_plans(run, known, cards, found), *_statistics(measured)]
     for part, name, draw in plans:
         parts.setdefault(part, {})[name] = figure_pair(draw)
     return parts

@@ -54,8 +54,19 @@
     const note = { action: "show", title: title, message: message, color: color, autoClose: 12000 };
     dash_clientside.set_props("notifications", { sendNotifications: [note] });
   }
+  // A zoomable pattern writes its view into the address as it moves: what is at hand is what is saved.
+  function atHand(address) {
+    const [path, text] = address.split("?");
+    const fields = new URLSearchParams(text), here = new URLSearchParams(location.search);
+    if (!fields.has("pattern")) return address;
+    for (const name of ["row", "key", "span", "how", "scale", "top"]) {
+      if (here.has(name)) fields.set(name, here.get(name)); else fields.delete(name);
+    }
+    return path + "?" + fields;
+  }
   async function exportPage(clicks, address) {
     if (!clicks || !address) return false;
+    address = atHand(address);
     dash_clientside.set_props("export-page", { loading: true });
     try {
       const answer = await fetch(address);

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from difflib import SequenceMatcher
 from typing import Any
 
 import dash_mantine_components as dmc
-import numpy as np
-import plotly.graph_objects as go
 from dash import Dash, Input, Output, State, ctx, dcc, html, no_update
 
-from workbench.apps.address import Query, link, read_heads, to_query
+from workbench.apps import export
+from workbench.apps.address import Query, link, read_choice, read_heads, read_number, to_query
 from workbench.apps.context import Context, Page
-from workbench.apps.parts import data_grid, figure_panel
+from workbench.apps.heads import scored_runs, scores_of
 from workbench.apps.shell import refusal
-from workbench.apps.trials import HOWS, MOST_DRAWS, MOST_NEW, PROBES, read_trial
+from workbench.apps.trial_view import OPEN, outcome
+from workbench.apps.trials import HOWS, MOST_DRAWS, MOST_HEADS, MOST_NEW, PROBES, read_trial
 from workbench.errors import RequestError, WorkbenchError
-from workbench.figures import palette, template
-from workbench.figures.text import interval, number, probability, safe, with_caption
 
 _POLL = 700
-_FIELDS = ("prompt", "how", "new_tokens", "probe", "draws")
-_PROBE_COLUMNS = (
-    {"field": "metric", "headerName": "Measured", "flex": 1, "minWidth": 150},
-    {"field": "baseline", "headerName": "Intact", "width": 110},
-    {"field": "ablated", "headerName": "Ablated", "width": 110},
-    {"field": "effect", "headerName": "Effect (95 % interval)", "width": 210},
-    {"field": "control", "headerName": "Random heads (range of draws)", "width": 230},
-    {"field": "q", "headerName": "q", "width": 90},
-)
+_FIELDS = ("prompt", "how", "strength", "new_tokens", "probe", "draws", "seed")
+# A longer prompt is kept with the trial alone: addresses have an end.
+_MOST_IN_ADDRESS = 1500
+_MARKS = [{"value": share, "label": f"{share:g}"} for share in (0, 0.5, 1)]
 
 
 def _layout(context: Context, query: Query) -> Any:
@@ -39,19 +31,25 @@ def _layout(context: Context, query: Query) -> Any:
             "The lab works with a model, and this dashboard was started without one.",
             "workbench serve RUNS --model smollm2-135m",
         )
-    name = query.get("trial", "")
-    state: dict[str, Any] = {}
+    name, state, told = query.get("trial", ""), dict[str, Any](), None
     if name:
-        state = live.state(name)
+        try:
+            state = live.state(name)
+        except WorkbenchError as error:
+            # What the address says of the trial is still there to be run again.
+            told, name = refusal(str(error)), ""
     asked = {**query, **state.get("asked", {})}
     heads = asked["heads"] if isinstance(asked.get("heads"), list) else read_heads(query)
     return html.Div(
         [
             dmc.Group([dmc.Title("Ablation lab", order=2), dmc.Text(live.name, size="sm", c="dimmed")], mb="sm"),
-            _form(asked, heads),
-            dcc.Interval(id="lab-poll", interval=_POLL, disabled=not name or state.get("status") not in _OPEN),
+            _form(context, {key: str(value) for key, value in asked.items()}, heads),
+            dcc.Interval(id="lab-poll", interval=_POLL, disabled=not name or state.get("status") not in OPEN),
             dcc.Store(id="lab-trial", data=name),
-            html.Div(id="lab-outcome", children=_outcome(state, live.name, query.dark) if name else _hint()),
+            html.Div(
+                id="lab-outcome",
+                children=outcome(name, state, live.name, query.dark) if name else told or _hint(),
+            ),
             html.Section(
                 [html.H3("Trials in this browser"), html.Div(id="lab-history-list", children=_history([]))],
                 className="block",
@@ -61,35 +59,42 @@ def _layout(context: Context, query: Query) -> Any:
     )
 
 
-_OPEN = ("waiting", "running")
-
-
 def _hint() -> Any:
     words = (
         "Choose heads and a form, write a prompt or choose a probe, and run. Probes are repeated with matched random "
+        "heads, so that an effect can be told from that of removing any heads. At strength 0 the model is as it "
+        "is, at 1 the heads are wholly replaced."
     )
-    return html.P(words + "heads, so that an effect can be told from that of removing any heads.", className="caption")
+    return html.P(words, className="caption")
 
 
-def _form(asked: Mapping[str, Any], heads: Sequence[str]) -> Any:
-    options = [{"value": one, "label": one} for one in PROBES]
+def _form(context: Context, asked: Mapping[str, str], heads: Sequence[str]) -> Any:
+    def field(name: str, label: str, low: int, high: int, default: int, width: int) -> Any:
+        value = int(read_number(asked, name, low, high, default))
+        return dmc.NumberInput(id=f"lab-{name}", label=label, value=value, min=low, max=high, w=width, size="xs")
+
+    how, probe = read_choice(asked, "how", HOWS, "mean"), read_choice(asked, "probe", PROBES)
+    strength = dmc.Slider(
+        id="lab-strength", value=read_number(asked, "strength", 0, 1, 1), min=0, max=1, step=0.05, precision=2, w=170,
+        size="sm", marks=_MARKS, thumbLabel="Strength",
+    )  # fmt: skip
     return html.Div(
         [
-            dmc.Textarea(id="lab-prompt", label="Prompt", value=str(asked.get("prompt", "")), autosize=True, minRows=2,
+            dmc.Textarea(id="lab-prompt", label="Prompt", value=asked.get("prompt", ""), autosize=True, minRows=2,
                          maxRows=10),
             dmc.Group(
                 [
                     dmc.TagsInput(id="lab-heads", label="Heads", value=list(heads), placeholder="L18H6", w=360,
                                   size="xs", clearable=True, splitChars=[",", " "]),
                     dmc.Button("My set", id="lab-take", size="compact-sm", variant="default", mt=22),
-                    dmc.Select(id="lab-how", label="Form", data=list(HOWS), value=str(asked.get("how", "mean")), w=130,
-                               size="xs", allowDeselect=False),
-                    dmc.NumberInput(id="lab-new_tokens", label="New tokens", value=int(asked.get("new_tokens", 40)),
-                                    min=1, max=MOST_NEW, w=100, size="xs"),
-                    dmc.Select(id="lab-probe", label="Probe", data=options, value=str(asked.get("probe", "")) or None,
-                               w=150, size="xs", clearable=True),
-                    dmc.NumberInput(id="lab-draws", label="Random draws", value=int(asked.get("draws", 10)), min=10,
-                                    max=MOST_DRAWS, w=110, size="xs"),
+                    dmc.Select(id="lab-how", label="Form", data=list(HOWS), value=how, w=130, size="xs",
+                               allowDeselect=False),
+                    html.Div([dmc.Text("Strength", size="xs", fw=500, mb=6), strength], className="strength"),
+                    field("new_tokens", "New tokens", 1, MOST_NEW, 40, 100),
+                    dmc.Select(id="lab-probe", label="Probe", data=list(PROBES), value=probe or None, w=150, size="xs",
+                               clearable=True),
+                    field("draws", "Random draws", 10, MOST_DRAWS, 10, 110),
+                    field("seed", "Seed", 0, 1_000_000, 0, 90),
                     dmc.Button("Run", id="lab-run", size="compact-sm", mt=22),
                     dmc.Button("Cancel", id="lab-cancel", size="compact-sm", variant="default", mt=22),
                 ],
@@ -97,115 +102,29 @@ def _form(asked: Mapping[str, Any], heads: Sequence[str]) -> Any:
                 align="flex-start",
                 mt="xs",
             ),
+            _by_detector(context),
         ],
         className="panel block",
     )  # fmt: skip
 
 
-def _outcome(state: Mapping[str, Any], model: str, dark: bool) -> Any:
-    status = state.get("status")
-    if status in _OPEN:
-        total = int(state.get("total") or 0)
-        done = int(state.get("done") or 0)
-        text = f"{state.get('step')}: {done} of {total}" if total else str(state.get("step"))
-        return html.Div(
-            [
-                dmc.Progress(value=100 * done / total if total else 3, animated=True),
-                dmc.Text(text, size="sm", c="dimmed"),
-            ],
-            role="status",
-        )
-    if status == "cancelled":
-        return refusal("This trial was cancelled.", "Run it again with the button above.")
-    if status == "failed":
-        return refusal(str(state.get("error", "")))
-    result = state.get("result", {})
-    parts = []
-    if "prompt" in result:
-        parts += [_texts(result["prompt"]), _next(result["prompt"]), _losses(result["prompt"], dark)]
-    if "probe" in result:
-        parts.append(_probe(result["probe"]))
-    parts.append(_as_study(state.get("asked", {}), model))
-    return html.Div(parts)
-
-
-def _texts(found: Mapping[str, Any]) -> Any:
-    """The two continuations; what differs is marked."""
-    before, after = (list(map(str, found[name]["new"])) for name in ("before", "after"))
-    pieces: dict[str, list[Any]] = {"before": [], "after": []}
-    for what, a, b, c, d in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
-        old, new = "".join(before[a:b]), "".join(after[c:d])
-        pieces["before"].append(old if what == "equal" else html.Del(old))
-        pieces["after"].append(new if what == "equal" else html.Ins(new))
-    blocks = [
-        html.Div([html.H4(title), html.Div(pieces[name], className="token written")])
-        for name, title in (("before", "Intact"), ("after", "Ablated"))
-    ]
-    return html.Section([html.H3("Continuation (greedy)"), html.Div(blocks, className="pair")], className="panel block")
-
-
-def _next(found: Mapping[str, Any]) -> Any:
-    lines = []
-    for name, title in (("before", "Intact"), ("after", "Ablated")):
-        items = [
-            html.Li([html.Span(repr(one["token"])[:60], className="token"), f" {one['p']:.3f}"])
-            for one in found[name]["next"]
-        ]
-        lines.append(html.Div([html.H4(title), html.Ol(items)]))
-    return html.Section([html.H3("Next token"), html.Div(lines, className="columns")], className="panel block")
-
-
-def _losses(found: Mapping[str, Any], dark: bool) -> Any:
-    tokens = [safe(repr(token)) for token in found["tokens"]][1:]
-    colours = palette(dark)
-    figure = go.Figure(layout={"template": template(dark)})
-    means = {}
-    for name, title, colour in (("before", "intact", colours.control), ("after", "ablated", colours.effect)):
-        values = np.array([np.nan if one is None else one for one in found[name]["loss"]], dtype=float)
-        means[title] = float(np.nanmean(values)) if np.isfinite(values).any() else np.nan
-        figure.add_scatter(
-            x=list(range(1, len(values) + 1)), y=values, mode="lines+markers", name=title, text=tokens,
-            marker={"size": 4}, line={"color": colour, "width": 1.5},
-            hovertemplate="%{text} at %{x}: %{y:.3f} nats<extra>" + title + "</extra>",
-        )  # fmt: skip
-    figure.update_layout(
-        height=280, xaxis={"title": {"text": "position"}}, yaxis={"title": {"text": "loss (nats)"}}, hovermode="x"
-    )
-    told = ", ".join(f"{title} {value:.3f}" for title, value in means.items())
-    figure = with_caption(figure, f"Loss of each token of the prompt, given those before it. Means: {told} nats.")
-    return figure_panel("lab-losses", figure, title="Loss by token, intact and ablated")
-
-
-def _probe(rows: Sequence[Mapping[str, Any]]) -> Any:
-    shown = [
-        {
-            "metric": row.get("metric"),
-            "baseline": number(row.get("baseline"), 3),
-            "ablated": number(row.get("ablated"), 3),
-            "effect": f"{number(row.get('effect'), 3)} ({interval(row.get('low'), row.get('high'), 3)})",
-            "control": f"{number(row.get('control_effect'), 3)} "
-            f"({interval(row.get('control_low'), row.get('control_high'), 3)})",
-            "q": probability(row.get("q")),
-        }
-        for row in rows
-    ]
-    caption = str(rows[0].get("caption", "")) if rows else ""
-    grid = data_grid("lab-probe-table", shown, _PROBE_COLUMNS, height=60 + 32 * max(1, len(shown)))
-    return html.Section(
-        [html.H3("Probe, against matched random heads"), grid, html.P(caption, className="caption")], className="block"
-    )
-
-
-def _as_study(asked: Mapping[str, Any], model: str) -> Any:
-    try:
-        text, command = read_trial(asked).study(model)
-    except WorkbenchError:
-        return None
-    inside = [
-        html.P(["Save as ", html.Code("probes/from-the-lab/study.toml"), " and run ", html.Code(command)]),
-        dmc.Code(text, block=True, id="lab-study"),
-    ]
-    return html.Details([html.Summary("As a study"), *inside], className="panel block")
+def _by_detector(context: Context) -> Any:
+    """Heads that a run's detector ranks first."""
+    runs = scored_runs(context) if context.library.folder.is_dir() else []
+    if not runs:
+        return html.P("Runs with head scores would offer their detectors' heads here.", className="caption")
+    fields = dmc.Group(
+        [
+            dmc.Select(id="lab-run-of", label="Run", data=runs, value=runs[0], w=220, size="xs", searchable=True,
+                       allowDeselect=False),
+            dmc.Select(id="lab-detector", label="Detector", data=[], w=240, size="xs", searchable=True),
+            dmc.NumberInput(id="lab-top", label="How many", value=8, min=1, max=MOST_HEADS, w=100, size="xs"),
+            dmc.Button("Take these heads", id="lab-take-top", size="compact-sm", variant="default", mt=22),
+        ],
+        gap="xs",
+        align="flex-start",
+    )  # fmt: skip
+    return html.Details([html.Summary("Heads by detector"), fields], className="more")
 
 
 def _register(app: Dash, context: Context) -> None:
@@ -234,10 +153,12 @@ def _register(app: Dash, context: Context) -> None:
             most = context.settings.most_prompt_characters
             raise RequestError(f"The prompt has {len(trial.prompt)} characters; {most} are allowed. Shorten it.")
         name = live.submit(trial.as_dict(), "trial")
-        label = f"{len(trial.heads)} heads, {trial.how}: {(trial.prompt or trial.probe)[:60]}"
-        query = to_query({"trial": name})
-        kept = [{"trial": name, "label": label}, *(history or [])][:50]
-        return query, "/lab" + query, name, False, _outcome(live.state(name), str(live.name), scheme == "dark"), kept
+        label = f"{len(trial.heads)} heads, {trial.form}: {(trial.prompt or trial.probe)[:60]}"
+        fields = {key: value for key, value in trial.as_dict().items() if len(str(value)) <= _MOST_IN_ADDRESS}
+        query = to_query({**fields, "heads": ",".join(trial.heads[:128]), "trial": name})
+        kept = [{"trial": name, "label": label, "query": query}, *(history or [])][:50]
+        shown = outcome(name, live.state(name), str(live.name), scheme == "dark")
+        return query, "/lab" + query, name, False, shown, kept
 
     @app.callback(
         Output("lab-outcome", "children", allow_duplicate=True),
@@ -251,13 +172,13 @@ def _register(app: Dash, context: Context) -> None:
         if not name or not ticks:
             return no_update, no_update
         state = live.state(name)
-        return _outcome(state, str(live.name), scheme == "dark"), state.get("status") not in _OPEN
+        return outcome(name, state, str(live.name), scheme == "dark"), state.get("status") not in OPEN
 
     _register_rest(app, context)
 
 
 def _register_rest(app: Dash, context: Context) -> None:
-    """Cancelling, the chosen set, the history."""
+    """Cancelling, the chosen set, heads by detector, the history."""
 
     @app.callback(
         Output("lab-cancel", "n_clicks"), Input("lab-cancel", "n_clicks"), State("lab-trial", "data"),
@@ -277,18 +198,57 @@ def _register_rest(app: Dash, context: Context) -> None:
     def take(wanted: int | None, chosen: list[str] | None) -> Any:
         return list(chosen or []) if wanted else no_update
 
+    @app.callback(Output("lab-detector", "data"), Output("lab-detector", "value"), Input("lab-run-of", "value"))
+    def detectors(run: str | None) -> Any:
+        if not run:
+            return [], None
+        scores = scores_of(context, run)
+        return [{"value": name, "label": scores.titles[name]} for name in scores.names], next(iter(scores.names), None)
+
+    @app.callback(
+        Output("lab-heads", "value", allow_duplicate=True),
+        Input("lab-take-top", "n_clicks"),
+        State("lab-run-of", "value"),
+        State("lab-detector", "value"),
+        State("lab-top", "value"),
+        prevent_initial_call=True,
+    )
+    def take_top(wanted: int | None, run: str | None, detector: str | None, count: Any) -> Any:
+        if not wanted or not run or not detector:
+            return no_update
+        return top_heads(context, run, detector, int(read_number({"k": str(count)}, "k", 1, MOST_HEADS, 8)))
+
     @app.callback(Output("lab-history-list", "children"), Input("lab-history", "data"))
     def show(history: list[Any] | None) -> Any:
         return _history(history or [])
 
 
+def top_heads(context: Context, run: str, detector: str, count: int) -> list[str]:
+    """The heads that a run's detector ranks first."""
+    long = scores_of(context, run).long
+    rows = long[(long["detector"] == detector) & long["value"].notna()].sort_values("rank", kind="stable")
+    if rows.empty:
+        raise RequestError(f"The run {run[:60]} has no scores of {detector[:60]!r}; choose another detector.")
+    return [f"L{layer}H{head}" for layer, head in zip(rows["layer"][:count], rows["head"][:count], strict=True)]
+
+
 def _history(history: Sequence[Any]) -> Any:
-    rows = [
-        html.Li(dcc.Link(str(one.get("label", ""))[:100], href=link("/lab", trial=one.get("trial"))))
-        for one in history
-        if isinstance(one, dict)
-    ]
+    rows = []
+    for one in history:
+        if not isinstance(one, dict):
+            continue
+        name = str(one.get("trial", ""))
+        # Those of an older browser store have no query.
+        query = one.get("query")
+        address = f"/lab{query}" if isinstance(query, str) and query.startswith("?") else link("/lab", trial=name)
+        study = html.A("study.toml", href=export.study_of(name), className="chip")
+        rows.append(html.Li([dcc.Link(str(one.get("label", ""))[:120], href=address), " ", study]))
     return html.Ul(rows) if rows else html.P("None yet.", className="caption")
 
 
-PAGE = Page("/lab", "Ablation lab", "Take heads away and see what changes", _layout, _register)
+def _shown(context: Context, query: Query) -> Mapping[str, str]:
+    del context
+    return {"trial": query["trial"]} if query.get("trial") else {}
+
+
+PAGE = Page("/lab", "Ablation lab", "Take heads away and see what changes", _layout, _register, shown=_shown)

@@ -14,6 +14,7 @@ from workbench.apps.context import Context, Page
 from workbench.apps.library import shortened
 from workbench.apps.shell import refusal
 from workbench.apps.tokens import prompts, short
+from workbench.apps.zoom.picture import VIEW
 from workbench.runs.patterns import stored_patterns
 
 _MAP_HELP = (
@@ -245,4 +246,14 @@ def _register(app: Dash, context: Context) -> None:
         return no_update
 
 
-PAGE = Page("/pattern", "Pattern", "Heads' attention, token by token or at any length", _layout, _register)
+def _shown(context: Context, query: Query) -> dict[str, str]:
+    """The view of a stored pattern that the address names."""
+    known = stored_patterns(context.library.run(query["run"])) if query.get("run") else {}
+    pattern = query.get("pattern") or next(iter(known), "")
+    if pattern not in known:
+        return {}
+    return {"pattern": pattern, **{name: query[name] for name in VIEW if name in query}}
+
+
+_HINT = "Heads' attention, token by token or at any length"
+PAGE = Page("/pattern", "Pattern", _HINT, _layout, _register, shown=_shown)

@@ -79,11 +79,15 @@ def tile(pattern: StoredPattern, level: int, row: int, column: int, look: Look) 
         if read > cell:
             values = values.repeat(read // cell, 0).repeat(read // cell, 1)
         high, wide = (-(-(part.stop - part.start) // cell) for part in (rows, keys))
-        first, last = np.arange(rows.start, rows.stop, cell), np.arange(keys.start, keys.stop, cell)
-        # A cell is hidden where its first key is after its last row.
-        hidden = last > first[:, None] + cell - 1
-        shades[:high, :wide] = np.where(hidden, _HIDDEN, look.shades(values[:high, :wide]))
-    return _png(shades, look.dark)
+        shades[:high, :wide] = unhidden(look.shades(values[:high, :wide]), rows, keys, cell)
+    return picture(shades, look.dark)
+
+
+def unhidden(shades: NDArray[np.uint8], rows: slice, keys: slice, cell: int) -> NDArray[np.uint8]:
+    """Shades of cells with those that the mask hides left out: their first key is after their last row."""
+    first, last = np.arange(rows.start, rows.stop, cell), np.arange(keys.start, keys.stop, cell)
+    found: NDArray[np.uint8] = np.where(last > first[:, None] + cell - 1, np.uint8(_HIDDEN), shades)
+    return found
 
 
 def shown_cell(pattern: StoredPattern, cell: int) -> int:
@@ -113,7 +117,8 @@ def _colours(dark: bool) -> bytes:
     return np.concatenate([shades.round(), [[0, 0, 0]]]).astype(np.uint8).tobytes()
 
 
-def _png(shades: NDArray[np.uint8], dark: bool) -> bytes:
+def picture(shades: NDArray[np.uint8], dark: bool) -> bytes:
+    """Palette entries as PNG."""
     image = Image.fromarray(shades, mode="P")
     image.putpalette(_colours(dark))
     out = io.BytesIO()
