@@ -44,6 +44,12 @@ BOUND_STATISTICS = ("above", "column_above")
 DEFAULT_STATISTICS = "entropy,max_prob,first_1,offset_-1,distance,column_mean"
 
 
+Patterns = Annotated[
+    str | None,
+    typer.Option(metavar="L18H6,L3H0", help="Heads whose whole pattern is stored for the dashboard's zoomable map."),
+]
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command(name="trace", cls=Command)(trace)
@@ -61,12 +67,7 @@ def trace(
             "top_k_N, diagonal_last_N, block_sum_N, block_max_N, above_P, column_above_P.",
         ),
     ] = DEFAULT_STATISTICS,
-    patterns: Annotated[
-        str | None,
-        typer.Option(
-            metavar="L18H6,L3H0", help="Heads whose whole pattern is stored for the dashboard's zoomable map."
-        ),
-    ] = None,
+    patterns: Patterns = None,
     ablate: options.Ablate = None,
     how: options.AblateHow = options.StandingName.zero,
     top: Annotated[int, typer.Option(metavar="N", min=0, help="How many heads to name.")] = 5,
