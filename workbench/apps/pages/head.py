@@ -225,7 +225,8 @@ def _causal(context: Context, run: str, head: Head, scores: Scores) -> Any:
     names = {"what": "Removed with it", "how": "How", "metric": "Measured", "effect": "Effect (95 % interval)",
              "control": "Matched random heads (range)", "q": "q",
              "run": "Run"}  # fmt: skip
-    columns = [{"field": key, "headerName": text, "flex": 1, "minWidth": 120} for key, text in names.items()]
+    widths = {"what": 200, "how": 80, "metric": 140, "effect": 200, "control": 220, "q": 80, "run": 110}
+    columns = [{"field": key, "headerName": text, "width": widths[key]} for key, text in names.items()]
     grid = data_grid("head-causal", shown, columns, height=90 + 30 * min(len(shown), 8))
     return html.Section([html.H3("Causal evidence"), grid], className="block")
 
