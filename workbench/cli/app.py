@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from workbench.cli import atlas, circuits, demo, export, heads, models, report, runs, serve, study, trace, verify
+from workbench.cli.options import AdapterName
 from workbench.cli.session import Session
 
 _ARGUMENTS = "workbench.arguments"
@@ -27,7 +28,9 @@ class Root(TyperGroup):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        with Session(ctx.meta[_ARGUMENTS], debug=bool(ctx.params.get("debug"))):
+        through = ctx.params.get("through")
+        through = None if through is None else AdapterName(through).value
+        with Session(ctx.meta[_ARGUMENTS], debug=bool(ctx.params.get("debug")), through=through):
             return super().invoke(ctx)
 
 
@@ -61,6 +64,9 @@ def _root(
     debug: Annotated[
         bool, typer.Option(_DEBUG, help="Show the traceback of an error, and what the library logs.")
     ] = False,
+    through: Annotated[
+        AdapterName | None, typer.Option(help="Run the model inside this library, and attach to it there.")
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
     ] = False,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from workbench.cli.options import DtypeName
 from workbench.cli.progress import display
@@ -16,6 +16,7 @@ from workbench.cli.session import Session, listening
 from workbench.errors import RequestError
 
 if TYPE_CHECKING:
+    from workbench.models.adapters import Adapter
     from workbench.studies import SurveySettings
     from workbench.tracing import Model
 
@@ -35,7 +36,7 @@ def attached(session: Session, name: str, dtype: DtypeName | None, device: str |
         began = time.monotonic()
         with listening(_LOADING_LOGGER, shown.note):
             wanted = None if dtype is None else getattr(torch, dtype.value)
-            model = load(name, dtype=wanted, device=device)
+            model = load(name, dtype=wanted, device=device, through=cast("Adapter | None", session.through))
     checks = model.certificate.checks
     session.note(
         f"{name}: {model.spec.n_layers} layers, {len(model.spec.heads())} heads, "

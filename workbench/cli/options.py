@@ -40,6 +40,13 @@ class StandingName(StrEnum):
     streaming = "streaming"
 
 
+class AdapterName(StrEnum):
+    """Libraries that a model can run in."""
+
+    transformer_lens = "transformer-lens"
+    nnsight = "nnsight"
+
+
 _MODEL = typer.Argument(
     metavar="MODEL", help="smollm2-135m, a name on the hub (organisation/name), a local folder, or a GGUF file."
 )

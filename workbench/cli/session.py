@@ -34,9 +34,11 @@ _CURRENT: ContextVar[Session] = ContextVar("session")
 class Session:
     """One invocation of the command line; a context that takes back what it changed in the process."""
 
-    def __init__(self, arguments: Sequence[str], *, debug: bool = False) -> None:
+    def __init__(self, arguments: Sequence[str], *, debug: bool = False, through: str | None = None) -> None:
         self.arguments = tuple(arguments)
         self.debug = debug
+        # The library that models run in.
+        self.through = through
         self.run: Path | None = None
         # Where a study keeps what is measured, each cell by itself.
         self.cells: Path | None = None

@@ -191,9 +191,9 @@ def survey(
 
 def model_facts(model: Model) -> dict[str, Any]:
     """What a manifest says of the model: enough to know its weights again."""
-    spec, hf_model = model.spec, model.attachment.hf_model
+    spec, host = model.spec, model.attachment.host
     first = spec.layers[0]
-    return {
+    facts = {
         "name": model.source.name,
         "architecture": spec.architecture,
         "revision": model.source.revision,
@@ -207,8 +207,9 @@ def model_facts(model: Model) -> dict[str, Any]:
         "head_dim": first.head_dim,
         "d_model": spec.d_model,
         "vocab_size": spec.vocab_size,
-        "parameters": sum(parameter.numel() for parameter in hf_model.parameters()),
+        "parameters": sum(parameter.numel() for _, parameter in host.parameters()),
     }
+    return facts if model.adapter == "native" else facts | {"adapter": model.adapter}
 
 
 @dataclass

@@ -140,8 +140,5 @@ _KNOWN |= {Tensor.__len__, Tensor.size, Tensor.dim}
 
 def _shape_of_call(layer: LayerSpec, prompts: int, tokens: int) -> AttentionCall:
     """An attention call without its numbers."""
-    q, k = (
-        torch.empty(prompts, heads, tokens, 0).as_subclass(_Elsewhere)
-        for heads in (layer.heads, layer.kv_heads)
-    )
+    q, k = (torch.empty(prompts, heads, tokens, 0).as_subclass(_Elsewhere) for heads in (layer.heads, layer.kv_heads))
     return AttentionCall(layer.index, q, k, k, layer.scale, layer.window, layer.softcap)
