@@ -9,7 +9,10 @@ import time
 import numpy as np
 import pytest
 
+from workbench.apps.context import Context
+from workbench.apps.library import RunLibrary
 from workbench.apps.live import MOST_WAITING, Live
+from workbench.apps.pages.lab import top_heads
 from workbench.apps.settings import AppSettings
 from workbench.apps.trials import HOWS, Trial, _edit, read_trial, run_trial
 from workbench.errors import RequestError
@@ -182,24 +185,51 @@ def test_without_a_model_the_lab_says_how_to_get_one(visit, tmp_path):
 
 
 def test_a_trial_in_the_browser_is_run_linked_and_repeated(browser, serve_app, runs_folder, model_folder):
+    """Strength and start by keyboard; the address alone restores it; nothing is told on the console."""
     address = serve_app(AppSettings(runs_folder, model=model_folder))
     page = browser.new_page()
     page.set_default_timeout(30_000)
-    page.goto(address + "/lab?heads=L0H0,L1H2")
+    told = []
+    page.on("console", lambda message: told.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: told.append(str(error)))
+    page.goto(address + "/lab?heads=L0H0,L1H2&how=frozen_zero")
     page.wait_for_selector("#lab-run")
     page.fill("#lab-prompt", "The <b>class</b> statement defines")
     page.fill("#lab-new_tokens", "4")
-    page.click("#lab-run")
+    page.focus("#lab-strength [role=slider]")
+    for _ in range(4):
+        page.keyboard.press("ArrowLeft")
+    page.focus("#lab-run")
+    page.keyboard.press("Enter")
     page.wait_for_selector("#lab-losses .main-svg")
     text = page.text_content("#lab-outcome")
-    assert "Continuation (greedy)" in text and "Next token" in text and 'measurement = "verify"' in text
-    assert page.locator("#lab-outcome b").count() == 0 and "trial=" in page.url
-    link = page.url
+    assert "Continuation (greedy)" in text and "Next token" in text and "strength = 0.8" in text
+    assert page.locator("#lab-outcome b").count() == 0
+    assert all(part in page.url for part in ("trial=", "strength=0.8", "how=frozen_zero"))
+    assert page.locator("#lab-history-list li").count() == 1
+    page.wait_for_selector("#export-page:not([disabled])")
+    with page.expect_download() as waiting:
+        page.click("#export-page")
+    assert waiting.value.suggested_filename.startswith("trial-")
     again = browser.new_page()
-    again.goto(link)
+    again.goto(page.url)
     again.wait_for_selector("#lab-losses .main-svg", timeout=30_000)
     assert again.input_value("#lab-prompt") == "The <b>class</b> statement defines"
-    page.fill("#lab-new_tokens", "2000")
-    page.keyboard.press("Tab")
+    assert again.get_attribute("#lab-strength [role=slider]", "aria-valuenow") == "0.8"
+    # Where the trial was cleared away, the address still says what it was.
+    again.goto(page.url.split("&trial=")[0] + "&trial=" + "x" * 16)
+    again.wait_for_selector("text=There is no trial")
+    assert again.input_value("#lab-prompt") == "The <b>class</b> statement defines"
+    assert not told
     page.close()
     again.close()
+
+
+def test_heads_are_taken_from_a_detector(runs_folder):
+    context = Context(AppSettings(runs_folder), RunLibrary(runs_folder), Live(AppSettings(runs_folder)))
+    table = context.library.run("scores").table("head_scores")
+    own = table[table["detector"] == "sink"].nlargest(3, "value")
+    expected = [f"L{layer}H{head}" for layer, head in zip(own["layer"], own["head"], strict=True)]
+    assert top_heads(context, "scores", "sink", 3) == expected
+    with pytest.raises(RequestError, match="no scores of 'magic'"):
+        top_heads(context, "scores", "magic", 3)
