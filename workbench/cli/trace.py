@@ -48,6 +48,10 @@ Patterns = Annotated[
     str | None,
     typer.Option(metavar="L18H6,L3H0", help="Heads whose whole pattern is stored for the dashboard's zoomable map."),
 ]
+Chunk = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Read the text in chunks of so many tokens: less memory, the same numbers."),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -74,12 +78,7 @@ def trace(
     by: Annotated[
         str | None, typer.Option(metavar="NAME", help="The statistic that ranks them. [default: the first]")
     ] = None,
-    chunk: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="Read the text in chunks of so many tokens: less memory, the same numbers."
-        ),
-    ] = None,
+    chunk: Chunk = None,
     out: options.Out = None,
     overwrite: options.Overwrite = False,
     dtype: options.Dtype = None,
