@@ -72,15 +72,15 @@ class HeadScores:
     @staticmethod
     def join(parts: Sequence[HeadScores]) -> HeadScores:
         """Scores of several kinds in one."""
-        frames = [
+        table, detectors, curves, domains = (
             pd.concat(
                 [getattr(part, name) for part in parts if len(getattr(part, name))] or [parts[0].curves.head(0)],
                 ignore_index=True,
             )
             for name in ("table", "detectors", "curves", "domains")
-        ]
+        )
         samples = {name: found for part in parts for name, found in part.samples.items()}
-        return HeadScores(*frames, samples=samples)
+        return HeadScores(table, detectors, curves, domains, samples=samples)
 
 
 def choose(names: Sequence[str] | None) -> list[Detector]:

@@ -308,8 +308,10 @@ class Preflight:
                 # k and v, repeated for the backend that has no grouped heads.
                 parts += 2
             # A chunk's rows against all keys, in parts: the mask, and that as numbers.
-            masked = 0 if piece.cached is None or self.device == "cuda" else max(1, min(piece.tokens, MASK // piece.keys))
-            return rows * (parts * shape.head_dim * self.element + FLOAT) + masked * piece.keys * (1 + self.element)
+            masked = 0
+            if piece.cached is not None and self.device != "cuda":
+                masked = max(1, min(piece.tokens, MASK // piece.keys)) * piece.keys
+            return rows * (parts * shape.head_dim * self.element + FLOAT) + masked * (1 + self.element)
         if self.device == "cuda" and triton_takes(shape.head_dim, self.attachment.dtype):
             # The log-sum-exp.
             work = rows * FLOAT
