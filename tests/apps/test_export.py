@@ -176,7 +176,7 @@ def test_faults_are_told_without_their_inside(client, monkeypatch):
     def fails(run, against):
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr(export, "render", lambda run, against: fails(run, against))
+    monkeypatch.setattr(export, "render", lambda run, against, view: fails(run, against))
     answer = get(client, export.address_of("scores"))
     assert answer.status_code == 500 and "fault" in answer.json["error"] and "secret" not in answer.text
 
@@ -184,7 +184,7 @@ def test_faults_are_told_without_their_inside(client, monkeypatch):
 def test_only_a_few_reports_are_made_at_once(runs_folder, monkeypatch):
     begun, may_end, together = Event(), Event(), []
 
-    def slow(run, against):
+    def slow(run, against, view):
         together.append(1)
         begun.set()
         may_end.wait(20)
@@ -223,7 +223,7 @@ def test_only_a_few_reports_are_made_at_once(runs_folder, monkeypatch):
 )
 def test_a_page_offers_what_it_shows(context, page, query, runs):
     disabled, told, address = export.offered(context, BY_NAME[page], Query(query))
-    assert not disabled and address == export.address_of(*runs)
+    assert not disabled and address.startswith(export.address_of(*runs))
     assert all(run in told for run in runs) and f"at most {BUDGET_BYTES // 10**6} MB" in told
 
 
