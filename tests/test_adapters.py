@@ -60,8 +60,8 @@ TENSORS = ("largest_logit", "value_drain", "prefix_matching")
 WEIGHTS = ("ov_copying", "qk_matching", "q_composition")
 CAUSAL = ("ablation_zero", "ablation_mean")
 SMALL = Settings(
-    text_prompts=4, text_length=24, plain_prompts=3, repeat_prompts=3, repeat_length=12, needle_lengths=(192,),
-    needle_depths=2, greedy_lengths=(192,), greedy_tokens=4, causal_prompts=2, weight_draws=5,
+    text_prompts=2, text_length=24, plain_prompts=2, repeat_prompts=2, repeat_length=12, needle_lengths=(160,),
+    needle_depths=2, greedy_lengths=(160,), greedy_tokens=3, causal_prompts=2, weight_draws=5,
 )  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def scores(*names: str) -> Callable[[Model], list[Tensor]]:
 
 
 def effects(model: Model) -> list[Tensor]:
-    scans = (("z", "head"), ("k", "head"), ("pattern", "head"), ("resid_pre", "position"), ("mlp_out", "position"))
+    scans = (("z", "head"), ("k", "head"), ("resid_pre", "layer"))
     found = [patch_activations(model, pairs(), site, by) for site, by in scans]
     found.append(patch_paths(model, pairs(), ["L0H1", "L1H2", "L0.mlp"]))
     return [torch.from_numpy(value) for one in found for value in one.values.values()]

@@ -238,3 +238,17 @@ def test_rows_take_no_more_than_predicted(model_named, make_pairs, name) -> None
     logits = LOGIT_ROWS * model.spec.vocab_size * 3 * 4
     predicted = held + logits + limit * row_bytes(model, 40)
     assert predicted / 20 < meter.peak <= predicted
+
+
+def test_hook_names_of_transformer_lens_are_sites(llama, task) -> None:
+    for name, site in (("attn.hook_z", "z"), ("hook_resid_pre", "resid_pre"), ("attn.o.hook_in", "z")):
+        found = patch_activations(llama, task, name, "layer", direction="denoising")
+        truth = patch_activations(llama, task, site, "layer", direction="denoising")
+        assert found.changes == truth.changes
+        np.testing.assert_array_equal(found.values["denoising"], truth.values["denoising"])
+    with pytest.raises(RequestError, match=r"choose site='z', layers=\[1\]"):
+        patch_activations(llama, task, "blocks.1.attn.hook_z", "layer")
+    with pytest.raises(RequestError, match=r"'hook_zz' cannot be patched; .* The nearest name is 'attn.hook_z'"):
+        patch_activations(llama, task, "hook_zz", "layer")
+    with pytest.raises(RequestError, match="before rotation"):
+        patch_activations(llama, task, "attn.hook_q", "layer")

@@ -73,7 +73,7 @@ class Options:
 def patch_activations(
     model: Model,
     task: PairTask,
-    site: PatchSite,
+    site: PatchSite | str,
     by: By = "position",
     *,
     direction: Direction | Literal["both"] = "both",
@@ -87,7 +87,8 @@ def patch_activations(
     """Patch a site everywhere: by layer, by position, by head, by head and position, or by pattern entry.
 
     Args:
-        site: resid_pre, resid_mid, resid_post, attn_out, mlp_out, z, q, k, v or pattern; k and v by KV head.
+        site: resid_pre, resid_mid, resid_post, attn_out, mlp_out, z, q, k, v or pattern (or a hook of TransformerLens:
+            `attn.hook_z`); k and v by KV head.
         by: "layer", "position", "head", "head_position", or "key" (entries of patterns).
         direction: "denoising", "noising" or both.
         metric: a name from `workbench.tasks.pairs.METRICS` (the task's own by default), or a function of logits

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 from workbench.errors import HeadError, RequestError
 from workbench.models import Spec
 from workbench.tracing import Site
-from workbench.tracing.sites import check_exists, check_layer, head_axis, site_shape
+from workbench.tracing.sites import check_exists, check_layer, head_axis, parse_site, site_shape
 
 PatchSite = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern"]
 PATCH_SITES: tuple[PatchSite, ...] = get_args(PatchSite)
@@ -97,9 +97,30 @@ def spot(
     return Spot(int(layer), site or ("mlp_out" if part == "mlp" else "attn_out"), None, position, key)
 
 
+def patch_site(text: str, spec: Spec | None = None) -> PatchSite:
+    """A site that can be patched, by its own name or that of a hook of TransformerLens without its block."""
+    for site in PATCH_SITES:
+        if site == text:
+            return site
+    try:
+        named, layer = parse_site(text, spec)
+    except RequestError as error:
+        if "is no site" not in str(error):
+            raise
+        nearest = str(error).partition("'blocks.5.attn.hook_z'.")[2]
+        raise RequestError(f"{text!r} cannot be patched; choose from {', '.join(PATCH_SITES)}.{nearest}") from error
+    if layer is not None:
+        raise RequestError(
+            f"{text!r} names one layer, and a scan has several; choose site={named!r}, layers=[{layer}]."
+        )
+    if named == "result":
+        raise RequestError(f"{text!r} cannot be patched; choose from {', '.join(PATCH_SITES)}.")
+    return named
+
+
 def scan(
     spec: Spec,
-    site: PatchSite,
+    site: PatchSite | str,
     by: By,
     tokens: int,
     *,
@@ -112,8 +133,7 @@ def scan(
     `tokens` is the length of the longest prompt up to what is read; `layers`, `heads` and `positions` narrow the scan.
     A pattern by position is one destination row of all heads, by head and position one row of one head.
     """
-    if site not in PATCH_SITES:
-        raise RequestError(f"{site!r} cannot be patched; choose from {', '.join(PATCH_SITES)}.")
+    site = patch_site(site, spec)
     if by not in BYS:
         raise RequestError(f"by={by!r} is no axis of a scan; choose from {', '.join(BYS)}.")
     if by == "key" and site != "pattern":

@@ -158,7 +158,9 @@ def patch(
         for name, given in (("--apart", apart), ("--form", form)):
             if given:
                 raise RequestError(f"{name} is about receivers of paths; name them with --paths, or leave it out.")
-    sites = options.names("--site", site, "z,mlp_out") or ("z",)
+    from workbench.circuits.spots import patch_site
+
+    sites = tuple(dict.fromkeys(map(patch_site, options.names("--site", site, "z,mlp_out") or ("z",))))
     asked: dict[str, Any] = {
         "sites": sites,
         "by": _axis(by, sites),

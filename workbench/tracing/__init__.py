@@ -7,8 +7,8 @@ from workbench.tracing.edits import Patch as Patch
 from workbench.tracing.edits import ablate as ablate
 from workbench.tracing.edits import patch as patch
 from workbench.tracing.generate import Generation as Generation
+from workbench.tracing.loading import load as load
 from workbench.tracing.model import Model as Model
-from workbench.tracing.model import load as load
 from workbench.tracing.sites import SHAPES as SHAPES
 from workbench.tracing.sites import SITES as SITES
 from workbench.tracing.sites import Site as Site

@@ -12,10 +12,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from workbench.errors import RequestError
-from workbench.models import Attachment, Batch, Certificate, Head, Spec, attach_model
+from workbench.models import Attachment, Batch, Certificate, Head, Spec
 from workbench.models.adapters import Adapter
 from workbench.models.batch import are_texts
-from workbench.models.loading import Source, resolve
+from workbench.models.loading import Source
 from workbench.models.memory import BodyCost, Prediction, free_memory, measure_body
 from workbench.tracing.chunks import check_chunk, run_in_chunks
 from workbench.tracing.edits import Ablation, Edit, listed
@@ -307,35 +307,6 @@ class Model:
         for row in range(rows.start, rows.stop):
             wanted = None if job.wanted is None else job.wanted[row]
             run_in_chunks(self.attachment, job.plan, collector, row, job.chunk, wanted, job.loss, step)
-
-
-def load(
-    x: Any,
-    *,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    revision: str | None = None,
-    through: Adapter | None = None,
-    remote: bool | str = False,
-) -> Model:
-    """Load and attach a model, and certify that our view of it is the model.
-
-    `x` is a hub name, a local folder, a GGUF file, a built-in name (`smollm2-135m`), a Hugging Face model in
-    memory, a `TransformerBridge` of TransformerLens, a model of nnsight, or a pair of model and tokenizer. `through`
-    ("transformer-lens", "nnsight") puts a Hugging Face model into that library first. With `remote`, a model of
-    nnsight (or a name on the hub) is traced where NDIF runs it; see `workbench.tracing.remote`.
-
-    Raises `SourceError` where it cannot be found, `ModelRefused` (by name) where an architecture or configuration field
-    is not one that we reproduce, and `CertificateFailed` where a check fails.
-    """
-    if remote:
-        from workbench.tracing.remote import load_remote
-
-        asked: dict[str, Any] = {"dtype": dtype, "device": device, "revision": revision, "through": through}
-        return load_remote(x, remote, **{name: value for name, value in asked.items() if value is not None})
-    found = resolve(x, dtype=dtype, device=device, revision=revision, through=through)
-    attachment, certificate = attach_model(found.host)
-    return Model(attachment, found.tokenizer, found.source, certificate)
 
 
 def _flatten(statistics: Statistics) -> list[Statistic]:
