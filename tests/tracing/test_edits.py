@@ -288,8 +288,8 @@ def test_wrong_heads_and_sites_are_named(subject, make_batch) -> None:
         model.trace(batch, edits=[patch("v", z, layer=1, heads=[2])])
     with pytest.raises(RequestError, match=r"patch\('resid_pre', heads=\[0\]\): the residual has no heads"):
         model.trace(batch, edits=[patch("resid_pre", torch.zeros(48), layer=1, heads=[0])])
-    with pytest.raises(RequestError, match="'hook_z' is no site"):
-        patch("hook_z", z, layer=1)
+    with pytest.raises(RequestError, match="'hook_zz' is no site"):
+        patch("hook_zz", z, layer=1)
     with pytest.raises(RequestError, match=r"patch\('z'\) needs a layer"):
         patch("z", z)
     with pytest.raises(RequestError, match=r"patch\('blocks.1.attn.hook_z', layer=2\) names two layers"):
