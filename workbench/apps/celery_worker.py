@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from workbench.apps.ledger import Ledger
-from workbench.apps.live import Worker
 from workbench.apps.settings import AppSettings
+from workbench.apps.worker import Worker
 from workbench.errors import MissingExtra, RequestError
 
 QUEUE = "workbench"

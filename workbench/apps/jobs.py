@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from workbench.apps.live import Progress
 from workbench.apps.readings import read_job
 from workbench.apps.tokens import prompts
 from workbench.apps.trials import read_trial, run_trial
+from workbench.heads.detector import Progress
 from workbench.tracing import Model
 
 # The model, what was asked for, the folder of the lab, and who is told how far it is.

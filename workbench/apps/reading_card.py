@@ -42,7 +42,7 @@ def section(context: Context, run: str, head: Head, query: Query) -> Any:
     """Everything about the weights; says what to run where they are not at hand."""
     opened = context.library.run(run)
     text = query.get("tokens", "")
-    able = at_hand(context, opened)
+    able = at_hand(context.live.name, opened)
     job, state = query.get("reading", ""), None
     if job:
         try:
@@ -87,7 +87,7 @@ def _outcome(
 ) -> Any:
     if state is not None:
         return _told(state)
-    kept = kept_reading(context, asked)
+    kept = kept_reading(context.live.folder, asked)
     if kept is not None:
         return _reading(kept)
     if run.has_table(TABLE):
@@ -217,11 +217,11 @@ def register(app: Dash, context: Context) -> None:
         if not (clicked or entered) or not run or not name:
             return (no_update,) * 5
         opened = context.library.run(run)
-        if not at_hand(context, opened):
+        if not at_hand(context.live.name, opened):
             raise RequestError(f"The server has not the model of {run}; start it with that one.")
         asked = asked_of(opened, Head.parse(name), text or "")
         query = to_query({"run": run, "head": name, "tokens": text})
-        kept = kept_reading(context, asked)
+        kept = kept_reading(context.live.folder, asked)
         if kept is not None:
             return query, "/head" + query, "", True, _reading(kept)
         job = context.live.submit(asked, JOB)

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workbench.apps.context import Context
-from workbench.apps.live import Progress
 from workbench.errors import RequestError
+from workbench.heads.detector import Progress
 from workbench.heads.readings import CIRCUITS, MOST_TOKENS, circuit_directions, summary, token_readings
 from workbench.heads.weights import read_weights
 from workbench.models import Head
@@ -42,16 +41,16 @@ def asked_of(run: Run, head: Head, text: str) -> dict[str, str]:
     return {"head": str(head), "tokens": text, "weights": str(weights or "")}
 
 
-def at_hand(context: Context, run: Run) -> bool:
-    """Whether the server was started with the run's model, by its name; the worker compares weights."""
-    name, model = context.live.name, run.manifest.get("model", {}).get("name")
+def at_hand(name: str | None, run: Run) -> bool:
+    """Whether the server was started, as `name`, with the run's model; the worker compares weights."""
+    model = run.manifest.get("model", {}).get("name")
     return bool(name and model) and model in (name, Path(str(name)).name, Path(str(name)).stem)
 
 
-def kept_reading(context: Context, asked: Mapping[str, str]) -> dict[str, Any] | None:
+def kept_reading(folder: Path, asked: Mapping[str, str]) -> dict[str, Any] | None:
     """The reading, where it was made before."""
     try:
-        found = json.loads(_file(context.live.folder, asked).read_text(encoding="utf-8"))
+        found = json.loads(_file(folder, asked).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

@@ -11,10 +11,10 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 
-from workbench.apps.live import Progress
 from workbench.errors import RequestError
 from workbench.figures.text import form
 from workbench.heads import Ablator, build_probe, verify
+from workbench.heads.detector import Progress
 from workbench.heads.probes import ProbeSettings
 from workbench.models import Batch, Head
 from workbench.runs import environment

@@ -80,7 +80,7 @@ def _elsewhere(context: Context, run: str, head: Head) -> list[tuple[str, str]]:
     own = [one for one in _kept_patterns(context, run) if (one.layer, one.index) == head]
     if own:
         found.append(("token by token", link("/pattern", run=run, example=own[0].example, heads=head)))
-    elif at_hand(context, context.library.run(run)):
+    elif at_hand(context.live.name, context.library.run(run)):
         found.append(("on a prompt of yours", link("/pattern", heads=head)))
     return found + [
         ("zoomable pattern", link("/pattern", run=run, pattern=name))

@@ -39,7 +39,7 @@ def _asked(library: RunLibrary, live: Live) -> ShortPatterns:
     """The patterns that the query names."""
     job, run = request.args.get("job", ""), request.args.get("run", "")
     if job:
-        return prompts.kept(live, job)
+        return prompts.kept(job, live.state(job), live.folder)
     if not run:
         raise RequestError("Neither a run nor a job is named; open the page 'Pattern'.")
     if request.args.get("example"):

@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Float
 
 from workbench.apps.library import shortened
-from workbench.apps.live import Live, Progress
 from workbench.apps.tokens.short import MOST_TOKENS, ShortPatterns, telling
 from workbench.errors import RequestError
+from workbench.heads.detector import Progress
 from workbench.models import Head, LayerSpec, Spec
 from workbench.runs.patterns import Masking, probabilities
 from workbench.runs.tensors import Tensors, write_tensors
@@ -158,13 +158,12 @@ def patterns_folder(lab: Path) -> Path:
     return lab / "patterns"
 
 
-def kept(live: Live, job: str) -> ShortPatterns:
-    """The patterns of a finished job."""
-    state = live.state(job)
+def kept(job: str, state: Mapping[str, Any], folder: Path) -> ShortPatterns:
+    """The patterns of a finished job, of which `state` is known, in the lab's folder."""
     result = state.get("result", {})
     if not isinstance(result, dict) or "patterns" not in result:
         raise RequestError(f"The job {shortened(job)} has no patterns to show ({state.get('status')}); run it again.")
-    return from_result(result, patterns_folder(live.folder))
+    return from_result(result, patterns_folder(folder))
 
 
 def from_result(result: Mapping[str, Any], folder: Path) -> ShortPatterns:
