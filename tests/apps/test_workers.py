@@ -15,6 +15,7 @@ from workbench.apps import ledger as ledger_module
 from workbench.apps.celery_worker import connected, worker
 from workbench.apps.ledger import GONE, Heart, Ledger
 from workbench.apps.live import Live
+from workbench.apps.server import create_app
 from workbench.apps.settings import AppSettings
 from workbench.apps.trials import Trial
 from workbench.errors import RequestError
@@ -73,6 +74,22 @@ def test_a_named_job_runs_here_as_well(tmp_path, model_folder):
     assert wait_for(live, name, "done")["result"]["prompt"]["tokens"]
     assert "no work called 'os.system'" in wait_for(live, wrong, "failed")["error"]
     live.close()
+
+
+def test_who_ends_the_server_ends_its_trials(tmp_path, model_folder):
+    live = create_app(AppSettings(tmp_path, model=model_folder)).server.extensions["workbench-live"]
+    began = threading.Event()
+
+    def endless(model, progress):
+        while True:
+            began.set()
+            progress(0, 1)
+            time.sleep(0.01)
+
+    running, waiting = live.submit({}, endless), live.submit({}, endless)
+    assert began.wait(30)
+    live.close()
+    assert live.state(running)["status"] == "cancelled" and live.state(waiting)["status"] != "done"
 
 
 def test_a_trial_whose_worker_is_gone_is_told_of(tmp_path):

@@ -53,6 +53,8 @@ def create_app(settings: AppSettings, pages: Sequence[Page] = PAGES) -> Dash:
         page.register(app, context)
     server: Flask = app.server
     server.config["MAX_CONTENT_LENGTH"] = settings.most_body_bytes
+    # For whoever ends the server.
+    server.extensions["workbench-live"] = context.live
     server.register_blueprint(blueprint(context.library))
     server.register_blueprint(tokens.blueprint(context.library, context.live))
     server.register_blueprint(export.blueprint(context.library, context.live))

@@ -70,3 +70,5 @@ def serve(
         pass
     finally:
         server.close()
+        # A trial that runs ends at its next step, and its page is told.
+        app.server.extensions["workbench-live"].close()
