@@ -7,7 +7,7 @@ from urllib.parse import quote
 import pytest
 
 from workbench.apps.address import link, read_choice, read_heads, read_list, read_number, read_query, to_query
-from workbench.apps.library import RunLibrary
+from workbench.apps.library import NoteChanged, RunLibrary
 from workbench.apps.server import create_app
 from workbench.apps.settings import AppSettings
 from workbench.errors import RequestError, RunError, RunNotFound
@@ -80,6 +80,14 @@ def test_notes_lie_beside_the_run_and_leave_it_valid(tmp_path):
     library.write_note("a", "run", "")
     assert library.notes("a") == {"L1H2": "looks back <b>"}
     Run.open(tmp_path / "runs" / "a")
+    # Whoever has not seen what is stored by now does not write over it; the same words are no conflict.
+    library.write_note("a", "L1H2", "B's", read="looks back <b>")
+    with pytest.raises(NoteChanged) as changed:
+        library.write_note("a", "L1H2", "A's", read="looks back <b>")
+    assert changed.value.stored == "B's" == library.notes("a")["L1H2"]
+    library.write_note("a", "L1H2", "B's", read="")
+    with pytest.raises(NoteChanged):
+        library.write_note("a", "L1H2", "", read="looks back <b>")
     with pytest.raises(RequestError, match="10000 are allowed"):
         library.write_note("a", "run", "x" * 10_001)
     (tmp_path / "runs" / "a" / "notes.json").write_text("[")

@@ -22,6 +22,14 @@ _KEPT = 64
 _T = TypeVar("_T")
 
 
+class NoteChanged(RequestError):
+    """Somebody else saved another note in between."""
+
+    def __init__(self, stored: str) -> None:
+        super().__init__("The note was changed elsewhere since it was read; look at the stored one before saving.")
+        self.stored = stored
+
+
 class RunLibrary:
     """Runs by name. A name is that of a folder directly inside; nothing else can be reached."""
 
@@ -85,12 +93,19 @@ class RunLibrary:
         """Texts that people left with a run, by what they are about (a head, "run")."""
         return read_notes(self.path(name))
 
-    def write_note(self, name: str, about: str, text: str) -> None:
-        """Leave a text, or with an empty one remove it. Notes lie beside the run's files and change none of them."""
+    def write_note(self, name: str, about: str, text: str, read: str | None = None) -> None:
+        """Leave a text, or with an empty one remove it. Notes lie beside the run's files and change none of them.
+
+        `read` is the text that its writer has seen: where another one is stored by now, `NoteChanged` brings it back.
+        """
         if len(text) > MOST_NOTE:
             raise RequestError(f"A note of {len(text)} characters: {MOST_NOTE} are allowed; shorten it.")
         with self._lock:
-            write_note(self.path(name), about, text)
+            path = self.path(name)
+            stored = read_notes(path).get(about, "")
+            if read is not None and stored not in (read, text):
+                raise NoteChanged(stored)
+            write_note(path, about, text)
 
     def _once(self, key: tuple[object, ...], make: Callable[[], _T]) -> _T:
         with self._lock:
