@@ -53,7 +53,7 @@ _NAMES = {
     "graph": "picture of the circuit (its strongest edges stay)",
     "faithfulness": "faithfulness curve (its table stays)",
     "roc": "recovery of the known circuit",
-    "view": "picture of the pattern (its highest cells stay)",
+    "view": "picture of the pattern (its highest entries stay)",
 }
 _ORDER = (
     "roc contrast curves multiples agreement headmap scores tokens patterns details maps differences patches "

@@ -20,7 +20,7 @@ _NAMES = {"column_mean": "mean of the column", "entropy": "entropy", "sink": "ma
 
 @dataclass(frozen=True)
 class Peak:
-    """A high cell: its first row and key, its value, and both tokens where a cell is one entry."""
+    """A high entry: its row and key, its probability, exact, and both tokens where the run has them."""
 
     row: int
     key: int
@@ -44,7 +44,7 @@ class PatternView:
     """Rows and keys from first to behind the last, drawn in cells of `cell` x `cell` entries.
 
     `pictures` are PNGs for light and dark pages, `strips` values along rows or keys in equal parts, `address` where the
-    dashboard shows the same.
+    dashboard shows the same; `peaks` are the highest entries, those of key 0 among them where `first` is set.
     """
 
     head: str
@@ -61,6 +61,7 @@ class PatternView:
     spans: tuple[tuple[int, int], ...]
     peaks: tuple[Peak, ...]
     address: str
+    first: bool = False
 
     @property
     def caption(self) -> str:

@@ -1,4 +1,5 @@
-"""What the zoomable pattern in the browser asks the server for: facts, tiles, values, strips, the next high entry."""
+"""What the zoomable pattern in the browser asks the server for: facts, tiles, values, strips, the next high entry, and
+the numbers of a view."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from flask import Blueprint, Response, jsonify, request
 from werkzeug.exceptions import HTTPException
 
 from workbench.apps.library import RunLibrary
+from workbench.apps.zoom.entries import view_table
 from workbench.apps.zoom.tiles import FLOOR, PIXELS, Look, automatic_top, levels, shown_cell, tile
 from workbench.errors import RequestError, WorkbenchError
 from workbench.runs.patterns import StoredPattern
@@ -38,6 +40,7 @@ def blueprint(library: RunLibrary) -> Blueprint:
         "strip/<strip>": _marginal,
         "tokens": _tokens,
         "next": _following,
+        "view.csv": _numbers,
     }
     for path, view in views.items():
         routes.add_url_rule(f"/<run>/<name>/{path}", view.__name__, partial(view, library))
@@ -46,9 +49,15 @@ def blueprint(library: RunLibrary) -> Blueprint:
 
 def _about(library: RunLibrary, run: str, name: str) -> Response:
     pattern = library.pattern(run, name)
-    tops = {
-        how: library.computed(run, ("top", name, how), partial(automatic_top, pattern, how)) for how in ("mean", "max")
-    }
+    tops, with_first = (
+        {
+            how: library.computed(
+                run, ("top", name, how, first), partial(automatic_top, pattern, how, with_first=first)
+            )
+            for how in ("mean", "max")
+        }
+        for first in (False, True)
+    )
     return jsonify(
         head=pattern.name,
         tokens=pattern.tokens,
@@ -58,6 +67,7 @@ def _about(library: RunLibrary, run: str, name: str) -> Response:
         floor=FLOOR,
         window=pattern.masking.window,
         tops=tops,
+        tops_with_first=with_first,
         strips=[strip for strip in STRIPS if strip in pattern.tensors],
         spans=pattern.about.get("spans", []),
     )
@@ -101,14 +111,36 @@ def _tokens(library: RunLibrary, run: str, name: str) -> Response:
 
 
 def _following(library: RunLibrary, run: str, name: str) -> Response:
+    """The next entry of `above` or more behind a place (at it as well with `here=1`); behind the last, the first."""
     pattern = library.pattern(run, name)
     level = _number("above", 0.1)
     if not 1e-4 <= level <= 1:
         raise RequestError(f"above={level}: give a probability from 0.0001 to 1.")
-    found = pattern.next_high(_place("row", pattern), _place("key", pattern), level)
+    row, key, skip = _place("row", pattern), _place("key", pattern), request.args.get("first") != "1"
+    found = pattern.next_high(row, key - (request.args.get("here") == "1"), level, skip_first=skip)
+    around = found is None
+    # From the very beginning, so that the entry asked from is found again where it is the only one.
+    found = found or pattern.next_high(0, -1, level, skip_first=skip)
     if found is None:
         return jsonify(found=None)
-    return jsonify(found={"row": found[0], "key": found[1], "value": found[2]})
+    return jsonify(found={"row": found[0], "key": found[1], "value": found[2]}, around=around)
+
+
+def _numbers(library: RunLibrary, run: str, name: str) -> Response:
+    """The entries of a view, or its cells where they are too many, as CSV."""
+    pattern = library.pattern(run, name)
+    rows, keys = (
+        slice(_whole(f"{of}s_from", 0, pattern.tokens - 1), _whole(f"{of}s_to", 1, pattern.tokens, pattern.tokens))
+        for of in ("row", "key")
+    )
+    for of, part in (("rows", rows), ("keys", keys)):
+        if part.start >= part.stop:
+            raise RequestError(f"{of} from {part.start} to {part.stop}: a part of the tokens is needed.")
+    how = request.args.get("how", "max")
+    texts = list(library.frame(run, "tokens")["text"].map(str)) if library.run(run).has_table("tokens") else None
+    answer = Response(view_table(pattern, rows, keys, how, texts), mimetype="text/csv")
+    answer.headers["Cache-Control"] = "no-store"
+    return answer
 
 
 def _value(library: RunLibrary, run: str, pattern: StoredPattern, row: int, key: int, level: int) -> dict[str, object]:

@@ -8,12 +8,13 @@ import numpy as np
 
 from workbench.apps.address import link, read_choice, read_number
 from workbench.apps.library import RunLibrary
+from workbench.apps.zoom.entries import highest_entries
 from workbench.apps.zoom.tiles import FLOOR, SCALES, Look, automatic_top, levels, picture, shown_cell, unhidden
 from workbench.reports.view import SIDE, PatternView, Peak
 from workbench.runs.patterns import HOWS, StoredPattern
 
 # The fields of an address that say which part of a pattern is shown, and how.
-VIEW = ("row", "key", "span", "how", "scale", "top")
+VIEW = ("row", "key", "span", "how", "scale", "top", "first")
 _STRIPS = {"column_mean": "keys", "entropy": "rows", "sink": "rows"}
 _PEAKS = 8
 
@@ -23,7 +24,8 @@ def pattern_view(library: RunLibrary, run: str, name: str, query: Mapping[str, s
     pattern = library.pattern(run, name)
     how = read_choice(query, "how", HOWS, "max")
     scale = read_choice(query, "scale", SCALES, "log")
-    automatic = 1.0 if scale == "log" else automatic_top(pattern, how)
+    first = query.get("first") == "1"
+    automatic = 1.0 if scale == "log" else automatic_top(pattern, how, with_first=first)
     top = read_number(query, "top", 10 * FLOOR, 1.0, automatic)
     span = min(pattern.tokens, max(8, round(read_number(query, "span", 1, 4 * pattern.tokens, pattern.tokens))))
     level = min(max(0, round(np.log2(span / SIDE))), levels(pattern))
@@ -46,7 +48,7 @@ def pattern_view(library: RunLibrary, run: str, name: str, query: Mapping[str, s
         cell=read, how=how, scale=scale, floor=FLOOR if scale == "log" else 0.0, top=top,
         pictures={kind: picture(shades, kind == "dark") for kind in ("light", "dark")}, strips=strips,
         spans=tuple((int(one["first"]), int(one["last"]) + 1) for one in pattern.about.get("spans", [])),
-        peaks=_peaks(library, run, pattern, values, (rows, keys), read),
+        peaks=_peaks(library, run, pattern, (rows, keys), not first), first=first,
         address=link("/pattern", run=run, pattern=name, **{key: query[key] for key in VIEW if key in query}),
     )  # fmt: skip
 
@@ -58,20 +60,12 @@ def _part(pattern: StoredPattern, first: float, span: int, cell: int) -> slice:
 
 
 def _peaks(
-    library: RunLibrary, run: str, pattern: StoredPattern, values: np.ndarray, part: tuple[slice, slice], cell: int
+    library: RunLibrary, run: str, pattern: StoredPattern, part: tuple[slice, slice], skip_first: bool
 ) -> tuple[Peak, ...]:
-    """The highest cells of the view, those of key 0 left out, with the exact entry where a cell is one."""
-    rows, keys = part
-    known = np.array(values, dtype=float)
-    if keys.start == 0:
-        known[:, 0] = -1
-    best = np.argsort(known, axis=None)[::-1][:_PEAKS]
+    """The highest entries of the view, exact, with their tokens."""
     texts = library.frame(run, "tokens")["text"] if library.run(run).has_table("tokens") else None
     found = []
-    for row, key in zip(*np.unravel_index(best, known.shape), strict=True):
-        if known[row, key] <= 0:
-            continue
-        at = rows.start + int(row) * cell, keys.start + int(key) * cell
-        tokens = ("", "") if texts is None or cell > 1 else tuple(str(texts.iloc[one])[:40] for one in at)
-        found.append(Peak(at[0], at[1], float(known[row, key]), tokens[0], tokens[1]))
+    for value, row, key in highest_entries(pattern, *part, _PEAKS, skip_first=skip_first):
+        tokens = ("", "") if texts is None else tuple(str(texts.iloc[one])[:40] for one in (row, key))
+        found.append(Peak(row, key, value, tokens[0], tokens[1]))
     return tuple(found)

@@ -95,12 +95,12 @@ def shown_cell(pattern: StoredPattern, cell: int) -> int:
     return pattern.base if EXACT < cell < pattern.base else cell
 
 
-def automatic_top(pattern: StoredPattern, how: str) -> float:
+def automatic_top(pattern: StoredPattern, how: str, *, with_first: bool = False) -> float:
     """Where a linear scale ends: the 99.9th percentile of the finest stored cells, those of position 0 left out.
 
     Most heads rest on position 0; with it in the range, everything else is drawn in the palest shade.
     """
-    cells = pattern.tensors.read(f"{how}_{pattern.base}")[:, 1:]
+    cells = pattern.tensors.read(f"{how}_{pattern.base}")[:, 0 if with_first else 1 :]
     seen = cells[cells > 0]
     if not seen.size:
         return 1.0
