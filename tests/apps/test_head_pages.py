@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from urllib.parse import parse_qs, urlparse
+
+import pytest
 
 DRAWN = "document.querySelectorAll('.js-plotly-plot .main-svg').length > 0"
 
@@ -28,7 +31,7 @@ def test_choosing_heads_joins_table_scatter_and_address(visit):
     page.until("document.querySelector('#atlas-scatter .js-plotly-plot').data[0].selectedpoints?.length === 1")
     assert "1 chosen: L1H2" in page.text_content("#atlas-selected")
     page.click("#atlas-keep")
-    page.until("document.querySelector('#set-size').textContent === '1 heads chosen'")
+    page.until("document.querySelector('#set-size').textContent === '1 head chosen'")
 
     again = visit("/atlas?" + urlparse(page.url).query)
     again.until(DRAWN)
@@ -43,8 +46,16 @@ def test_axes_filters_and_maps_follow_the_address(visit):
     title = "document.querySelector('#atlas-scatter .js-plotly-plot').layout.xaxis.title.text"
     assert "Retrieval" in page.evaluate(title) and "<img" not in page.evaluate(title)
     assert page.locator("#atlas-map-graph .js-plotly-plot").count() == 1
-    page = visit("/atlas?run=scores&x=nonsense&q=-3&maps=nothing")
+    page = visit("/atlas?run=scores&x=nonsense&q=-3&maps=nothing&heads=L1H2,L9H9,foo")
     page.until(DRAWN)
+    told = page.text_content("#not-honoured")
+    assert re.search(r"x=nonsense: there is no such choice here; \w+ is taken\.", told)
+    assert "q=-3: a number from 0 to 1 is needed; 1 is taken." in told and "maps=nothing" in told
+    assert "heads=L9H9: the run has no such head" in told and "heads=foo: this names no head" in told
+    assert page.text_content("#atlas-selected") == "1 chosen: L1H2"
+    page = visit("/head?run=scores&head=<b>")
+    assert "head=<b>: this names no head, as L18H6 does; L0H0 is shown." in page.text_content("#not-honoured")
+    assert visit("/atlas?run=scores&x=sink&q=0.5&heads=L1H2").locator("#not-honoured").count() == 0
 
 
 def test_a_map_cell_chooses_its_head(visit):
@@ -69,6 +80,54 @@ def test_a_head_has_its_evidence_and_a_note_that_stays(visit, runs_folder):
     assert again.input_value("#head-note") == "looks <b>back</b>"
     page = visit("/head?run=scores&head=L9H9")
     assert "no scores of L9H9" in page.text_content("main")
+
+
+def test_a_note_that_another_browser_changed_is_not_written_over(visit, runs_folder):
+    path = "/head?run=scores-again&head=L0H3"
+    first, second = visit(path), visit(path)
+    for page, text in ((first, "the first's"), (second, "the second's")):
+        page.until(DRAWN)
+        page.fill("#head-note", text)
+        page.click("#head-note-save")
+        answered = "['said', 'other'].some((part) => document.getElementById('head-note-' + part).textContent)"
+        page.until(answered)
+    notes = runs_folder / "scores-again" / "notes.json"
+    assert "the first's" in notes.read_text() and "the second's" not in notes.read_text()
+    assert second.input_value("#head-note") == "the second's"
+    assert second.text_content("#head-note-stored") == "the first's"
+    second.click("#head-note-save")
+    second.until("document.querySelector('#head-note-said').textContent.startsWith('Saved')")
+    assert "the second's" in notes.read_text() and second.locator("#head-note-stored").count() == 0
+    first.click("#head-note-save")
+    first.wait_for_selector("#head-note-stored")
+    assert "the second's" in notes.read_text() and first.input_value("#head-note") == "the first's"
+    notes.unlink()
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "/atlas?run=scores&maps=induction&x=induction&y=sink&q=0.5&by=induction&heads=L0H1",
+        # The filter hides the chosen heads from the table; they stay chosen.
+        "/atlas?run=scores&maps=sink&x=induction&y=sink&q=0.01&by=induction&heads=L0H1,L2H3",
+        "/atlas?run=scores",
+        "/atlas",
+        "/head?run=scores&head=L1H2&tokens=+river",
+        "/lab?heads=L0H0,L1H2&how=frozen_zero&strength=0.5&draws=20",
+        "/compare?a=scores&b=scores-again&detector=sink",
+        "/circuits?run=patches&edges=1",
+        "/pattern?run=needle",
+        "/?run=needle&search=needle",
+    ],
+)
+def test_an_address_is_not_rewritten_by_the_page_that_it_opens(visit, where):
+    page = visit(where)
+    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(1200)
+    path, mark, fields = where.partition("?")
+    assert page.evaluate("location.pathname + location.search") == path + mark + fields
+    if "heads=" in where and path == "/atlas":
+        assert f"{fields.split('heads=')[1].count(',') + 1} chosen" in page.text_content("#atlas-selected")
 
 
 def test_two_runs_are_compared(visit):

@@ -22,6 +22,10 @@ def test_runs_are_listed_searched_and_explained(visit):
     page.wait_for_selector(".ag-row")
     names = page.locator(".ag-row [col-id=name]").all_text_contents()
     assert set(names) == {"needle", "nasty <b>&'", "scores", "scores-again", "patches"}
+    to = "[...document.querySelectorAll('.ag-row [col-id=name] a')].map((a) => a.getAttribute('href'))"
+    found = dict(zip(page.locator(".ag-row [col-id=name] a").all_text_contents(), page.evaluate(to), strict=True))
+    assert found["scores"] == "/atlas?run=scores" and found["patches"] == "/circuits?run=patches"
+    assert found["needle"] == "/pattern?run=needle&pattern=l4h2"
     page.fill("#runs-search", "needle")
     page.until("document.querySelectorAll('.ag-center-cols-container .ag-row').length === 1")
     page.click(".ag-center-cols-container .ag-row [col-id=title]")

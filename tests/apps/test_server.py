@@ -44,6 +44,14 @@ def test_a_callback_larger_than_allowed_is_refused(client):
     assert answer.status_code == 413
 
 
+@pytest.mark.parametrize("body", [{}, [], "x", None, {"output": []}, {"output": "no.such", "inputs": []}])
+def test_a_callback_that_no_page_sends_is_refused(client, body):
+    answer = client.post("/_dash-update-component", base_url="http://127.0.0.1", json=body)
+    assert answer.status_code == 400
+    answer = client.post("/_dash-update-component", base_url="http://127.0.0.1", data=b"\xff{")
+    assert answer.status_code == 400
+
+
 @pytest.mark.parametrize("name", ["..", "../runs", ".", "", "/etc", "a/b", "needle/../needle", ".needle", "a\0b"])
 def test_names_do_not_lead_out_of_the_folder(client, runs_folder, name):
     with pytest.raises(RunNotFound):

@@ -126,6 +126,11 @@ def shortened(text: str, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 head`, `2 heads`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def _stamp(path: Path) -> tuple[str, int]:
     try:
         return path.name, (path / "manifest.json").stat().st_mtime_ns

@@ -17,7 +17,7 @@ from workbench.apps.library import RunLibrary
 from workbench.apps.live import Live
 from workbench.apps.pages import PAGES
 from workbench.apps.settings import AppSettings
-from workbench.apps.shell import colours, frame, refusal
+from workbench.apps.shell import colours, frame, not_honoured, refusal
 from workbench.apps.tokens import api as tokens
 from workbench.apps.zoom.api import blueprint
 from workbench.errors import WorkbenchError
@@ -89,8 +89,10 @@ def _route(app: Dash, context: Context, pages: Sequence[Page]) -> None:
 def _shown(context: Context, page: Page | None, path: str, search: str | None, dark: bool) -> Any:
     if page is None:
         return refusal(f"There is no page {path[:80]}.", "The pages are in the list on the left.")
+    query = Query(read_query(search), dark)
     try:
-        return page.layout(context, Query(read_query(search), dark))
+        shown = page.layout(context, query)
+        return [not_honoured(list(query.told)), shown] if query.told else shown
     except WorkbenchError as error:
         return refusal(str(error))
     except Exception:  # noqa: BLE001 (a page must say that it failed, and leave the others alone)
@@ -121,7 +123,7 @@ def _switch_scheme(app: Dash) -> None:
         Input("scheme", "data"),
     )
     app.clientside_callback(
-        "function(heads) { return heads && heads.length ? heads.length + ' heads chosen' : ''; }",
+        "function(heads) { const n = (heads || []).length; return n ? `${n} head${n === 1 ? '' : 's'} chosen` : ''; }",
         Output("set-size", "children"),
         Input("head-set", "data"),
     )
@@ -139,6 +141,15 @@ def _guard(app: Dash, server: Flask, hosts: Sequence[str]) -> None:
         if host not in hosts or (origin and origin != request.host):
             return Response("This address is not served here.", 403)
         return None
+
+    @server.before_request
+    def understood() -> Response | None:
+        if request.path != "/_dash-update-component" or request.method != "POST":
+            return None
+        body = request.get_json(force=True, silent=True)
+        if isinstance(body, dict) and isinstance(body.get("inputs"), list) and body.get("output") in app.callback_map:
+            return None
+        return Response("This is no request of a page of this server; load the page anew.", 400)
 
     @server.after_request
     def headers(answer: Response) -> Response:

@@ -16,6 +16,10 @@ from workbench.figures import DARK, LIGHT
 _ACCENT = ("#e6f4f6", "#cfe7eb", "#a2d2da", "#72bcc8", "#4aa8b8", "#2a98ab", "#0b8299", "#0b6a7d", "#085a6b", "#044856")
 
 
+# Of an address's wrong fields, so many are told.
+_MOST_LINES = 6
+
+
 def frame(pages: Sequence[Page]) -> Any:
     """Header, navigation and the place where pages go."""
     return dmc.MantineProvider(
@@ -89,10 +93,20 @@ def _navigation(pages: Sequence[Page]) -> Any:
     return html.Nav(html.Ul(links), **{"aria-label": "Pages"})
 
 
-def refusal(words: str, advice: str = "") -> Any:
+def refusal(words: str, advice: str = "", title: str = "This cannot be shown") -> Any:
     """What stands in the place of something that cannot be shown, with the next step."""
     text = [dmc.Text(words, size="sm")] + ([dmc.Code(advice, block=True, mt="xs")] if advice else [])
-    return dmc.Alert(text, title="This cannot be shown", color="orange", variant="light", className="refusal")
+    return dmc.Alert(text, title=title, color="orange", variant="light", className="refusal")
+
+
+def not_honoured(lines: Sequence[str]) -> Any:
+    """What an address asks for and the page does not show, a line each."""
+    told = [dmc.Text(line, size="sm") for line in lines[:_MOST_LINES]]
+    more = len(lines) - _MOST_LINES
+    told += [dmc.Text(f"{more} more.", size="sm")] if more > 0 else []
+    title = "Not all of the address is shown"
+    box = dmc.Alert(told, title=title, color="orange", variant="light", withCloseButton=True, mb="sm")
+    return html.Div(box, id="not-honoured")
 
 
 def colours() -> str:

@@ -9,6 +9,7 @@ layers and heads, also where layers have different numbers of heads (cells that 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ _HOVER = (
 _BARE_HOVER = "<b>%{customdata[0]}</b>  %{customdata[1]}<extra></extra>"
 _ROW_PIXELS = 13
 _MOST_LABELS = 12
+# Characters of a title's line beside others of four columns in 600 pixels, and pixels that two more lines take.
+_NARROW, _MORE_TITLE = 16, 34
 
 
 def head_map(
@@ -70,23 +73,25 @@ def head_maps(
     *,
     columns: int = 3,
     dark: bool = False,
+    narrow: bool = False,
 ) -> go.Figure:
     """Maps of several detectors as small multiples, each with a scale of its own.
 
     `detectors` is the detector table or a list of names; without it, all detectors in the order of the
-    scores.
+    scores. `narrow` breaks titles into lines, for figures that may be drawn in a small window.
     """
     known = _catalogue(scores, detectors)
     if not known:
         raise RequestError("No detector to draw: the score table is empty. Run `workbench heads` first.")
     columns = min(columns, len(known))
     lines = math.ceil(len(known) / columns)
-    gap_x, height = 0.11, _height(scores)
-    gap_y = min(84 / (height * lines), 1 / max(lines - 1, 1))
+    more = _MORE_TITLE if narrow else 0
+    gap_x, height = 0.11, _height(scores) + more
+    gap_y = min((84 + more) / (height * lines), 1 / max(lines - 1, 1))
     figure = make_subplots(
         rows=lines,
         cols=columns,
-        subplot_titles=[_title(name, row) for name, row in known.items()],
+        subplot_titles=[_title(name, row, narrow) for name, row in known.items()],
         horizontal_spacing=gap_x,
         vertical_spacing=gap_y,
     )
@@ -101,7 +106,7 @@ def head_maps(
         figure.update_layout({axis: scale.axis(colour_bar(**_bar_place(figure, index)))})
     figure.update_annotations(font={"size": 13}, yshift=4)
     figure.update_layout(
-        template=template(dark), height=height * lines, margin={"l": 44, "r": 70, "t": 44}, showlegend=False
+        template=template(dark), height=height * lines, margin={"l": 44, "r": 70, "t": 44 + more}, showlegend=False
     )
     captions = [map_caption(_rows_of(scores, name), name, row) for name, row in known.items()]
     return with_caption(figure, " ".join(captions))
@@ -131,10 +136,13 @@ def _catalogue(scores: pd.DataFrame, detectors: pd.DataFrame | Sequence[str] | N
     return {str(name): {} for name in (present if detectors is None else detectors)}
 
 
-def _title(detector: str, info: Mapping[str, Any]) -> str:
-    unit = str(info.get("unit") or "")
-    tail = f" <span style='font-size:11px'>({safe(unit)})</span>" if unit else ""
-    return f"<b>{safe(info.get('title') or detector)}</b>{tail}"
+def _title(detector: str, info: Mapping[str, Any], narrow: bool = False) -> str:
+    """The detector's name and unit; broken into lines, at most three, where a map may be narrow."""
+    title, unit = str(info.get("title") or detector), str(info.get("unit") or "")
+    lines = textwrap.wrap(title, _NARROW, max_lines=2, placeholder=" …") if narrow else [title]
+    tail = f"<span style='font-size:11px'>({safe(unit)})</span>" if unit else ""
+    joint = "<br>" if narrow else " "
+    return f"<b>{'<br>'.join(map(safe, lines))}</b>{joint if tail else ''}{tail}"
 
 
 def _height(rows: pd.DataFrame) -> int:

@@ -9,9 +9,10 @@ import dash_mantine_components as dmc
 import pandas as pd
 from dash import Dash, Input, Output, State, ctx, html, no_update
 
-from workbench.apps.address import Query, link, read_choice, read_heads, read_list, read_number, to_query
+from workbench.apps.address import Query, link, read_choice, read_heads, read_list, read_number, read_query, to_query
 from workbench.apps.context import Context, Page
 from workbench.apps.heads import Scores, scored_run, scored_runs, scores_of
+from workbench.apps.library import counted
 from workbench.apps.parts import data_grid, figure_panel
 from workbench.apps.shell import refusal
 from workbench.figures import head_maps, metric_scatter
@@ -55,7 +56,13 @@ class _View:
         }
         self.most_q = read_number(query, "q", 0, 1, 1)
         self.by = read_choice(query, "by", names, self.axes["y"])
-        self.heads = read_heads(query)
+        pairs = zip(scores.wide["layer"], scores.wide["head"], strict=True)
+        self.heads = read_heads(query, known={f"L{layer}H{head}" for layer, head in pairs})
+
+    @property
+    def asks(self) -> tuple[Any, ...]:
+        """What maps, scatter and filter follow from; the chosen heads stand beside it."""
+        return self.maps, self.axes, self.most_q, self.by
 
     @property
     def rows(self) -> pd.DataFrame:
@@ -69,7 +76,8 @@ class _View:
 
 def _said(context: Context, name: str, scores: Scores) -> str:
     model = context.library.run(name).manifest.get("model") or {}
-    return f"{str(model.get('name', ''))[:80]}: {len(scores.wide)} heads, {len(scores.names)} detectors"
+    size = f"{counted(len(scores.wide), 'head')}, {counted(len(scores.names), 'detector')}"
+    return f"{str(model.get('name', ''))[:80]}: {size}"
 
 
 def _choices(view: _View) -> list[dict[str, str]]:
@@ -86,7 +94,7 @@ def _maps(view: _View) -> Any:
 
 def _maps_figure(view: _View) -> Any:
     table = pd.DataFrame([view.scores.info(name) | {"detector": name} for name in view.maps])
-    figure = head_maps(view.scores.long, table, columns=4, dark=view.dark)
+    figure = head_maps(view.scores.long, table, columns=4, dark=view.dark, narrow=True)
     return figure_panel("atlas-map-graph", figure, title="Layer x head maps")
 
 
@@ -187,6 +195,10 @@ def _register(app: Dash, context: Context) -> None:
         query = {key: str(value) for key, value in fields.items() if value not in (None, "")}
         return _View(scores_of(context, str(run)), Query(query, scheme == "dark")), to_query(query)
 
+    def asked(search: str | None) -> _View:
+        query = Query(read_query(search))
+        return _View(scores_of(context, scored_run(context, query)[0]), query)
+
     @app.callback(
         Output("url", "search", allow_duplicate=True),
         Output("shown-query", "data", allow_duplicate=True),
@@ -198,12 +210,17 @@ def _register(app: Dash, context: Context) -> None:
         *[Input(f"atlas-{name}", "value") for name in (*_AXES, "q", "by")],
         State("atlas-table", "selectedRows"),
         State("scheme", "data"),
+        State("url", "search"),
         *controls,
         prevent_initial_call=True,
     )
     def change(*given: Any) -> Any:
-        rows, scheme, *values = given[7:]
-        view, query = view_of(values, _names(rows), scheme)
+        rows, scheme, search, *values = given[7:]
+        seen = asked(search)
+        view, query = view_of(values, _chosen_names(rows, seen), scheme)
+        # A page that was just built says what its address says: nobody changed anything.
+        if view.asks == seen.asks:
+            return (no_update,) * 6
         maps = _maps_figure(view) if ctx.triggered_id == "atlas-maps" else no_update
         table = ctx.triggered_id in ("atlas-maps", "atlas-q", "atlas-by", *(f"atlas-{axis}" for axis in _AXES))
         rows, columns = (_grid_rows(view), _grid_columns(view)) if table else (no_update, no_update)
@@ -214,10 +231,10 @@ def _register(app: Dash, context: Context) -> None:
         prevent_initial_call=True,
     )  # fmt: skip
     def other_run(run: str | None, search: str | None) -> Any:
-        here = Query({}) if not search else None
-        return link("/atlas", run=run) if run and (here is None or here.get("run") != run) else no_update
+        shown = next(iter(scored_run(context, Query(read_query(search)))), None)
+        return link("/atlas", run=run) if run and run != shown else no_update
 
-    _register_choice(app, view_of, controls)
+    _register_choice(app, view_of, asked, controls)
 
 
 def _names(rows: Any) -> list[str]:
@@ -226,7 +243,16 @@ def _names(rows: Any) -> list[str]:
     return [str(name) for name in found]
 
 
-def _register_choice(app: Dash, view_of: Any, controls: list[State]) -> None:
+def _chosen_names(rows: Any, seen: _View) -> list[str]:
+    """Chosen heads: those that the table says, and those of the address that its filter hides from the table."""
+    names = _names(rows)
+    if isinstance(rows, dict):
+        return names
+    listed = {f"L{layer}H{head}" for layer, head in zip(seen.rows["layer"], seen.rows["head"], strict=True)}
+    return list(dict.fromkeys([*names, *(head for head in seen.heads if head not in listed)]))
+
+
+def _register_choice(app: Dash, view_of: Any, asked: Any, controls: list[State]) -> None:
     """Choosing heads: in the table, in the scatter, in a map. The table's selection is the one that counts."""
 
     @app.callback(
@@ -258,11 +284,16 @@ def _register_choice(app: Dash, view_of: Any, controls: list[State]) -> None:
         Input("atlas-table", "selectedRows"),
         State("scheme", "data"),
         State("atlas-scatter", "figure"),
+        State("url", "search"),
         *controls,
         prevent_initial_call=True,
     )
-    def chosen(rows: Any, scheme: str | None, figure: Any, *values: Any) -> Any:
-        names = _names(rows)
+    def chosen(rows: Any, scheme: str | None, figure: Any, search: str | None, *values: Any) -> Any:
+        seen = asked(search)
+        names = _chosen_names(rows, seen)
+        # The table of a page that was just built says what its address says.
+        if set(names) == set(seen.heads):
+            return (no_update,) * 4
         _, query = view_of(values, names, scheme)
         points = figure["data"][0]["text"]
         picked = [at for at, name in enumerate(points) if name in set(names)]

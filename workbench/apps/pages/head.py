@@ -9,14 +9,14 @@ import numpy as np
 import pandas as pd
 from dash import Dash, Input, Output, State, dcc, html, no_update
 
-from workbench.apps import reading_card
+from workbench.apps import head_note, reading_card
 from workbench.apps.address import Query, link, read_heads, read_query, to_query
 from workbench.apps.context import Context, Page
 from workbench.apps.heads import Scores, scored_run, scored_runs, scores_of
+from workbench.apps.library import counted
 from workbench.apps.parts import data_grid, figure_panel
 from workbench.apps.readings import at_hand
 from workbench.apps.shell import refusal
-from workbench.errors import WorkbenchError
 from workbench.figures import domain_scatter, palette, pattern_map, position_curves
 from workbench.figures.text import interval, number, probability
 from workbench.models import Head
@@ -46,7 +46,7 @@ def _layout(context: Context, query: Query) -> Any:
     run = query.get("run", "") or runs[0]
     scores = scores_of(context, run)
     heads = [Head(int(a), int(b)) for a, b in scores.wide[["layer", "head"]].to_numpy()]
-    asked = read_heads(query, "head")
+    asked = read_heads(query, "head", instead=f"{heads[0]} is shown")
     head = Head.parse(asked[0]) if asked else heads[0]
     if head not in heads:
         return refusal(f"The run {run} has no scores of {head}; its heads go from {heads[0]} to {heads[-1]}.")
@@ -69,7 +69,7 @@ def _layout(context: Context, query: Query) -> Any:
         *_contrast(context, run, head, query.dark),
         reading_card.section(context, run, head, query),
         _causal(context, run, head, scores),
-        _note(context, run, head),
+        head_note.section(context, run, head),
     ]
     return html.Div(parts, id="head-card")
 
@@ -113,7 +113,7 @@ def _scores(scores: Scores, head: Head) -> Any:
     rows.sort(key=lambda one: one.pop("order"))
     silent = len(scores.names) - len(rows)
     words = "Best ranks first. Intervals are bootstraps over prompts; q is the false-discovery rate against the null."
-    words += f" {silent} detectors have no value for this head." if silent else ""
+    words += f" {counted(silent, 'detector')} without a value for this head." if silent else ""
     grid = data_grid("head-scores", rows, _COLUMNS, height=360, tooltipShowDelay=200)
     return html.Section([grid, html.P(words, className="caption")], className="block")
 
@@ -211,7 +211,8 @@ def _causal(context: Context, run: str, head: Head, scores: Scores) -> Any:
         return html.Section([html.H3("Causal evidence"), html.P(words, className="caption")])
     shown = [
         {
-            "what": f"{scores.titles.get(str(row.get('detector')), row.get('detector'))}, {row.get('k', 1)} heads",
+            "what": f"{scores.titles.get(str(row.get('detector')), row.get('detector'))}, "
+            f"{counted(int(row.get('k', 1)), 'head')}",
             "how": row.get("how"),
             "metric": row.get("metric"),
             "effect": f"{number(row.get('effect'), 3)} ({interval(row.get('low'), row.get('high'), 3)})",
@@ -252,22 +253,6 @@ def _checking(context: Context, run: str) -> list[str]:
     return [name for name in same if context.library.run(name).manifest["model"]["weights_sha256"] == weights]
 
 
-def _note(context: Context, run: str, head: Head) -> Any:
-    try:
-        text = context.library.notes(run).get(str(head), "")
-    except WorkbenchError as error:
-        return refusal(str(error))
-    return html.Section(
-        [
-            dmc.Textarea(id="head-note", value=text, label=f"Note on {head}, saved with the run", autosize=True,
-                         minRows=2, maxRows=12),
-            dmc.Group([dmc.Button("Save", id="head-note-save", size="compact-sm"),
-                       dmc.Text(id="head-note-said", size="sm", c="dimmed")], mt="xs"),
-        ],
-        className="block",
-    )  # fmt: skip
-
-
 def _register(app: Dash, context: Context) -> None:
     @app.callback(
         Output("url", "search", allow_duplicate=True),
@@ -284,23 +269,7 @@ def _register(app: Dash, context: Context) -> None:
         return to_query({"run": run, "head": head, "tokens": shown.get("tokens")})
 
     reading_card.register(app, context)
-
-    @app.callback(
-        Output("head-note-said", "children"),
-        Input("head-note-save", "n_clicks"),
-        State("head-note", "value"),
-        State("head-run", "value"),
-        State("head-name", "value"),
-        prevent_initial_call=True,
-    )
-    def save(wanted: int | None, text: str | None, run: str | None, head: str | None) -> Any:
-        if not wanted or not run or not head:
-            return no_update
-        try:
-            context.library.write_note(run, str(Head.parse(head)), text or "")
-        except (WorkbenchError, OSError) as error:
-            return str(error)
-        return f"Saved with {run}." if text else f"Removed from {run}."
+    head_note.register(app, context)
 
 
 PAGE = Page("/head", "Head", "One head and all its evidence", _layout, _register, scored_run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import dash_mantine_components as dmc
@@ -31,7 +32,8 @@ def _layout(context: Context, query: Query) -> Any:
     found = context.library.table()
     rows = found.assign(certificate=found["certificate"].map({True: "passed", False: "–"}))
     kept = ["name", "kind", "title", "model", "created", "status", "certificate"]
-    records = rows[kept].assign(title=rows["title"].str.slice(0, 200)).to_dict("records")
+    shown = rows[kept].assign(title=rows["title"].str.slice(0, 200))
+    records = [{**row, "to": _leads_to(context, row)} for row in shown.to_dict("records")]
     search = query.get("search", "")
     return html.Div(
         [
@@ -65,6 +67,18 @@ def _layout(context: Context, query: Query) -> Any:
             ),
         ]
     )  # fmt: skip
+
+
+def _leads_to(context: Context, row: Mapping[str, Any]) -> str | None:
+    """The address of the first page that can show a run; None where none can."""
+    if row["status"] != "complete":
+        return None
+    name = str(row["name"])
+    try:
+        run = context.library.run(name)
+        return context.library.computed(name, ("pages",), lambda: next((to for _, to in _pages_of(name, run)), None))
+    except WorkbenchError:
+        return None
 
 
 def _chosen(context: Context, names: list[str]) -> Any:
@@ -146,7 +160,10 @@ def _register(app: Dash, context: Context) -> None:
         names = [str(row["name"]) for row in rows or []]
         if not names and rows is None and "run" in read_query(now):
             names = [read_query(now)["run"]]
-        query = to_query({"search": search, "run": names[0] if len(names) == 1 else None})
+        fields = {"search": search, "run": names[0] if len(names) == 1 else None}
+        query = to_query(fields)
+        if read_query(query) == read_query(now):
+            return no_update, no_update, _chosen(context, names)
         return query, "/" + query, _chosen(context, names)
 
     @app.callback(
