@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 
@@ -163,7 +164,10 @@ def test_trials_wait_are_cancelled_and_fail_alone(tmp_path, model_folder):
     third, fourth = live.submit({}, broken), live.submit({}, refused)
     wait_for(live, first, "running")
     assert live.state(second)["status"] == "waiting"
+    assert live.state(second)["step"] == "waiting: 1 trial before it"
+    assert live.state(third)["step"] == "waiting: 2 trials before it"
     live.cancel(second)
+    assert live.state(third)["step"] == "waiting: 1 trial before it"
     for _ in range(MOST_WAITING - 3):  # what was given up no longer waits
         live.submit({}, slow)
     with pytest.raises(RequestError, match="16 trials are waiting already"):
@@ -223,6 +227,46 @@ def test_a_trial_in_the_browser_is_run_linked_and_repeated(browser, serve_app, r
     assert not told
     page.close()
     again.close()
+
+
+def test_a_cancelled_trial_says_so_and_runs_again(browser, serve_app, runs_folder, model_folder):
+    """What was asked stands there; the server's silence is told while a page waits for it."""
+    address = serve_app(AppSettings(runs_folder, model=model_folder))
+    live = Live(AppSettings(runs_folder, model=model_folder))
+    trial = Trial(("L0H0",), how="zero", prompt="The <b>class</b>", new_tokens=2, draws=12)
+    name = live.ledger.open({"asked": trial.as_dict()})
+    live.cancel(name)
+    page = browser.new_page()
+    page.set_default_timeout(30_000)
+    page.goto(address + f"/lab?trial={name}&draws=3&how=magic")
+    page.wait_for_selector("#lab-ended")
+    text = page.text_content("#lab-ended")
+    assert "Cancelled" in text and "cannot be shown" not in text
+    assert "1 head, zero: The <b>class</b> (L0H0)" in text
+    page.click("#lab-ended button")
+    page.wait_for_selector("#lab-losses .main-svg")
+    assert name not in page.url and "draws=12" in page.url
+    assert "1 head, " in page.text_content("#lab-history-list li")
+    # A trial that waits for ever, and a server that is gone.
+    page.goto(address + "/lab?trial=" + live.ledger.open({"asked": trial.as_dict()}))
+    page.wait_for_selector("text=waiting: it is next")
+    asks = re.compile("_dash-update-component")
+    page.route(asks, lambda route: route.abort())
+    page.wait_for_selector("#silent:has-text('The server does not answer')")
+    page.unroute(asks)
+    page.wait_for_selector("#silent", state="hidden")
+    page.close()
+    live.close()
+
+
+def test_numbers_that_an_address_gets_wrong_are_told(browser, serve_app, runs_folder, model_folder):
+    page = browser.new_page()
+    page.goto(serve_app(AppSettings(runs_folder, model=model_folder)) + "/lab?heads=L0H0&draws=3&how=magic")
+    page.wait_for_selector("#not-honoured")
+    told = page.text_content("#not-honoured")
+    assert "draws=3: a number from 10 to 50 is needed; 10 is taken." in told
+    assert "how=magic: there is no such choice here; mean is taken." in told
+    page.close()
 
 
 def test_heads_are_taken_from_a_detector(runs_folder):

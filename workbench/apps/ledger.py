@@ -45,7 +45,8 @@ class Ledger:
     def open(self, facts: Mapping[str, Any]) -> str:
         """A new trial that waits."""
         name = secrets.token_urlsafe(12)
-        self.update(name, {"status": "waiting", "done": 0, "total": 0, "step": "waiting", **facts})
+        since = time.time_ns()
+        self.update(name, {"status": "waiting", "done": 0, "total": 0, "step": "waiting", "since": since, **facts})
         return name
 
     def update(self, name: str, state: Mapping[str, Any]) -> None:
@@ -100,6 +101,18 @@ class Ledger:
         for file in self.folder.glob("*.open"):
             if self._age(file) < GONE and not file.with_suffix(".stop").exists():
                 found += 1
+        return found
+
+    def before(self, name: str) -> int:
+        """How many trials run, or were asked for earlier and wait, while this one waits."""
+        own = self._read(name, "open") or {}
+        found = 0
+        for file in self.folder.glob("*.open"):
+            if file.stem == name or self._age(file) >= GONE or file.with_suffix(".stop").exists():
+                continue
+            other = self._read(file.stem, "open") or {}
+            earlier = other.get("status") == "waiting" and other.get("since", 0) < own.get("since", 0)
+            found += bool(other.get("status") == "running" or earlier)
         return found
 
     def _of_open(self, name: str, found: dict[str, Any]) -> dict[str, Any]:

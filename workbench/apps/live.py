@@ -14,6 +14,7 @@ from threading import Lock
 from typing import Any
 
 from workbench.apps.ledger import Ledger
+from workbench.apps.library import counted
 from workbench.apps.settings import AppSettings
 from workbench.apps.worker import Work, Worker
 from workbench.errors import RequestError
@@ -67,6 +68,9 @@ class Live:
     def state(self, name: str) -> dict[str, Any]:
         """How far a trial is: `status` is "waiting", "running", "done", "failed" or "cancelled"."""
         found = self.ledger.state(name)
+        if found["status"] == "waiting":
+            before = self.ledger.before(name)
+            found["step"] = f"waiting: {counted(before, 'trial')} before it" if before else "waiting: it is next"
         if found["status"] == "waiting" and found.get("queue") and found["age"] > _PATIENCE:
             found["step"] = (
                 f"no worker has taken this for {found['age']:.0f} s; others may be before it, or none runs: "

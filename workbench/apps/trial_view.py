@@ -10,15 +10,18 @@ import pandas as pd
 from dash import html
 
 from workbench.apps import export
+from workbench.apps.library import counted, shortened
 from workbench.apps.parts import data_grid, figure_panel
 from workbench.apps.shell import refusal
-from workbench.apps.trials import read_trial
+from workbench.apps.trials import Trial, read_trial
 from workbench.errors import WorkbenchError
 from workbench.figures import ablation_chart, verdict
 from workbench.figures.text import interval, number, probability
 from workbench.reports.trial import continuations, guesses, prompt_losses
 
 OPEN = ("waiting", "running")
+# Heads of a trial without an outcome that are named.
+_MOST_NAMED = 12
 _PROBE_COLUMNS = (
     {"field": "metric", "headerName": "Measured", "flex": 1, "minWidth": 150},
     {"field": "baseline", "headerName": "Intact", "width": 100},
@@ -45,9 +48,9 @@ def outcome(name: str, state: Mapping[str, Any], model: str, dark: bool) -> Any:
             role="status",
         )
     if status == "cancelled":
-        return refusal("This trial was cancelled.", "Run it again with the button above.")
+        return _ended("Cancelled", "This trial was given up before it was done.", state)
     if status == "failed":
-        return refusal(str(state.get("error", "")))
+        return _ended("Not done", str(state.get("error", "")), state)
     result = state.get("result", {})
     parts = []
     if "prompt" in result:
@@ -58,6 +61,25 @@ def outcome(name: str, state: Mapping[str, Any], model: str, dark: bool) -> Any:
         parts.append(_probe(result["probe"], result.get("draws", []), dark))
     parts.append(_as_study(name, state.get("asked", {}), model))
     return html.Div(parts)
+
+
+def label_of(trial: Trial) -> str:
+    """What was asked, in a line."""
+    heads = counted(len(trial.heads), "head")
+    return f"{heads}, {trial.form}: {shortened(trial.prompt or f'probe {trial.probe}')}"
+
+
+def _ended(title: str, words: str, state: Mapping[str, Any]) -> Any:
+    """A trial without an outcome: what was asked, and a way to ask for it again."""
+    parts = [refusal(words, title=title)]
+    try:
+        trial = read_trial(state.get("asked", {}))
+    except WorkbenchError:
+        return html.Div(parts)
+    heads = ", ".join(trial.heads[:_MOST_NAMED]) + (" ..." if len(trial.heads) > _MOST_NAMED else "")
+    parts.append(dmc.Text(["Asked for: ", label_of(trial), f" ({heads})"], size="sm", my="xs"))
+    parts.append(dmc.Button("Run it again", id={"lab": "again"}, size="compact-sm"))
+    return html.Div(parts, id="lab-ended")
 
 
 def _texts(found: Mapping[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 
+from workbench.apps.library import counted
 from workbench.errors import RequestError
 from workbench.figures.text import form
 from workbench.heads import Ablator, build_probe, verify
@@ -85,11 +86,12 @@ class Trial:
         fields += f", draws = {self.draws}, seed = {self.seed}"
         fields += "" if self.strength == 1 else f", strength = {self.strength}"
         about = [] if self.probe else ["# The lab showed one prompt; a study measures many: held-out prose and code."]
+        title = f"Removing {counted(len(self.heads), 'head')} ({self.form})"
         lines = [
             *about,
             "[study]",
             'name = "from-the-lab"',
-            f"title = {json.dumps(f'Removing {len(self.heads)} heads ({self.form})')}",
+            f"title = {json.dumps(title)}",
             'question = "What does the model lose without these heads, against matched random ones?"',
             'paper = ""',
             "",

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dash_mantine_components as dmc
-from dash import Dash, Input, Output, State, ctx, dcc, html, no_update
+from dash import ALL, Dash, Input, Output, State, ctx, dcc, html, no_update
 
 from workbench.apps import export
 from workbench.apps.address import Query, link, read_choice, read_heads, read_number, to_query
 from workbench.apps.context import Context, Page
 from workbench.apps.heads import scored_runs, scores_of
 from workbench.apps.shell import refusal
-from workbench.apps.trial_view import OPEN, outcome
-from workbench.apps.trials import HOWS, MOST_DRAWS, MOST_HEADS, MOST_NEW, PROBES, read_trial
+from workbench.apps.trial_view import OPEN, label_of, outcome
+from workbench.apps.trials import HOWS, MOST_DRAWS, MOST_HEADS, MOST_NEW, PROBES, Trial, read_trial
 from workbench.errors import RequestError, WorkbenchError
 
 _POLL = 700
@@ -43,7 +43,7 @@ def _layout(context: Context, query: Query) -> Any:
     return html.Div(
         [
             dmc.Group([dmc.Title("Ablation lab", order=2), dmc.Text(live.name, size="sm", c="dimmed")], mb="sm"),
-            _form(context, {key: str(value) for key, value in asked.items()}, heads),
+            _form(context, query.beside({key: str(value) for key, value in asked.items()}), heads),
             dcc.Interval(id="lab-poll", interval=_POLL, disabled=not name or state.get("status") not in OPEN),
             dcc.Store(id="lab-trial", data=name),
             html.Div(
@@ -139,24 +139,26 @@ def _register(app: Dash, context: Context) -> None:
         Output("lab-outcome", "children"),
         Output("lab-history", "data"),
         Input("lab-run", "n_clicks"),
+        Input({"lab": ALL}, "n_clicks"),
+        State("lab-trial", "data"),
         State("lab-history", "data"),
         State("scheme", "data"),
         *form,
         prevent_initial_call=True,
     )
-    def run(wanted: int | None, history: list[Any] | None, scheme: str | None, *given: Any) -> Any:
-        if not wanted:
+    def run(
+        wanted: int | None, again: list[int | None], now: str | None, history: list[Any] | None, scheme: str | None,
+        *given: Any,
+    ) -> Any:  # fmt: skip
+        if ctx.triggered_id == "lab-run" and wanted:
+            heads, *values = given
+            trial = read_trial({"heads": heads or [], **dict(zip(_FIELDS, values, strict=True))})
+        elif ctx.triggered_id != "lab-run" and any(again) and now:
+            # As it was asked, whatever the form says by now.
+            trial = read_trial(live.state(now).get("asked", {}))
+        else:
             return (no_update,) * 6
-        heads, *values = given
-        trial = read_trial({"heads": heads or [], **dict(zip(_FIELDS, values, strict=True))})
-        if len(trial.prompt) > context.settings.most_prompt_characters:
-            most = context.settings.most_prompt_characters
-            raise RequestError(f"The prompt has {len(trial.prompt)} characters; {most} are allowed. Shorten it.")
-        name = live.submit(trial.as_dict(), "trial")
-        label = f"{len(trial.heads)} heads, {trial.form}: {(trial.prompt or trial.probe)[:60]}"
-        fields = {key: value for key, value in trial.as_dict().items() if len(str(value)) <= _MOST_IN_ADDRESS}
-        query = to_query({**fields, "heads": ",".join(trial.heads[:128]), "trial": name})
-        kept = [{"trial": name, "label": label, "query": query}, *(history or [])][:50]
+        name, query, kept = _submitted(context, trial, history)
         shown = outcome(name, live.state(name), str(live.name), scheme == "dark")
         return query, "/lab" + query, name, False, shown, kept
 
@@ -175,6 +177,17 @@ def _register(app: Dash, context: Context) -> None:
         return outcome(name, state, str(live.name), scheme == "dark"), state.get("status") not in OPEN
 
     _register_rest(app, context)
+
+
+def _submitted(context: Context, trial: Trial, history: list[Any] | None) -> tuple[str, str, list[Any]]:
+    """Queue a trial: its identifier, its address, the history with it."""
+    most = context.settings.most_prompt_characters
+    if len(trial.prompt) > most:
+        raise RequestError(f"The prompt has {len(trial.prompt)} characters; {most} are allowed. Shorten it.")
+    name = context.live.submit(trial.as_dict(), "trial")
+    fields = {key: value for key, value in trial.as_dict().items() if len(str(value)) <= _MOST_IN_ADDRESS}
+    query = to_query({**fields, "heads": ",".join(trial.heads[:128]), "trial": name})
+    return name, query, [{"trial": name, "label": label_of(trial), "query": query}, *(history or [])][:50]
 
 
 def _register_rest(app: Dash, context: Context) -> None:
