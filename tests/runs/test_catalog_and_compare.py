@@ -125,10 +125,13 @@ def test_compare_joins_on_detector_layer_and_head(tmp_path):
     assert found.attrs["same_weights"] is True
     assert found.attrs["same_prompts"] is True
     ways = (
-        "Differences by 2 detectors: 1 from the two intervals alone, taken as independent; 1 without an interval, as a "
-        "run has one prompt or reads weights."
+        "Differences by 2 detectors: 1 from the two intervals alone, taken as independent; 1 without an interval to "
+        "compare, as a run has one prompt, reads weights, or scores all prompts the same."
     )
-    assert found.attrs["notes"] == [f"1 scores are in {a.id} only.", ways]
+    only, told, why = found.attrs["notes"]
+    # By the folder's name, as users know it.
+    assert (only, told) == ("1 scores are in a only.", ways)
+    assert why.startswith("a and b keep no scores of single prompts") and "run again to pair" in why
     assert (found.attrs["a"], found.attrs["b"]) == (a.id, b.id)
 
 
@@ -140,7 +143,7 @@ def test_compare_notes_other_models_and_prompts(tmp_path):
     attributes = compare_runs(a, b).attrs
     assert (attributes["same_weights"], attributes["same_prompts"]) == (False, False)
     assert attributes["notes"][0] == "The model's weights differ: x (aaaaaaaaaaaa) against y (bbbbbbbbbbbb)."
-    assert "prompts differ" in attributes["notes"][1]
+    assert "prompts differ" in attributes["notes"][1] and "1 in a only" in attributes["notes"][1]
     attributes = compare_runs(a, c).attrs
     assert (attributes["same_weights"], attributes["same_prompts"]) == (None, None)
     assert "does not record" in attributes["notes"][0]

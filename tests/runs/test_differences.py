@@ -84,6 +84,61 @@ def test_a_contrast_compares_what_each_prompt_of_either_sample_changed():
     assert between(a, Samples(first, ("y",), second, 60), (np.array([0]), np.array([0]))) is None
 
 
+def share_of(hits, count):
+    """One head's share of prompts with its bootstrap interval, which has no width for none or all."""
+    value = hits / count
+    half = 1.96 * np.sqrt(value * (1 - value) / count)
+    return tuple(np.array([one]) for one in (value, value - half, value + half))
+
+
+@pytest.mark.parametrize(("hits", "of"), [((83, 8), (100, 8)), ((8, 0), (8, 8)), ((0, 3), (100, 6)), ((8, 8), (8, 9))])
+def test_all_or_none_of_few_prompts_is_no_certainty(hits, of):
+    exact = stats.fisher_exact([[hits[0], of[0] - hits[0]], [hits[1], of[1] - hits[1]]]).pvalue
+    a, b = (np.repeat([1.0, 0.0], [hit, count - hit])[:, None] for hit, count in zip(hits, of, strict=True))
+    counts = tuple(np.array([float(count)]) for count in of)
+    by_prompts = two_samples(a, b, share=True)
+    by_intervals = from_intervals(share_of(hits[0], of[0]), share_of(hits[1], of[1]), counts, share=True)
+    # Fisher's sums over likelihoods, not distances, so that the two differ a little where sizes do.
+    assert by_prompts.p[0] == pytest.approx(exact, rel=0.1, abs=1e-3)
+    assert by_intervals.p[0] >= exact * (1 - 1e-6)
+    for found in (by_prompts, by_intervals):
+        assert found.low[0] < (b.mean() - a.mean()) + 1e-12 and found.high[0] > found.low[0] + 0.05
+        assert (found.p[0] < 0.05) == bool(found.low[0] > 0 or found.high[0] < 0)
+
+
+def test_an_interval_without_width_that_is_no_share_tells_nothing():
+    other, flat = share_of(83, 100), (np.ones(1),) * 3
+    counts = np.array([100.0]), np.array([8.0])
+    assert np.isnan(from_intervals(other, flat, counts).p[0])
+    # Nor does one of how many prompts nobody knows, or a share that is neither 0 nor 1.
+    assert np.isnan(from_intervals(other, flat, share=True).p[0])
+    assert np.isnan(from_intervals(other, (np.full(1, 0.5),) * 3, counts, share=True).low[0])
+
+
+def test_few_prompts_are_judged_by_students_distribution():
+    rng = np.random.default_rng(6)
+    a, b = rng.normal(size=(5, 400)), rng.normal(size=(7, 400))
+    half = [stats.norm.ppf(0.975) * one.std(0) / np.sqrt(len(one)) for one in (a, b)]
+    sides = [(one.mean(0), one.mean(0) - width, one.mean(0) + width) for one, width in zip((a, b), half, strict=True)]
+    found = from_intervals(*sides, (np.full(400, 5.0), np.full(400, 7.0)))
+    welch = stats.ttest_ind(b, a, equal_var=False)
+    np.testing.assert_allclose(found.p, welch.pvalue, rtol=1e-6)
+    apart = (found.low > 0) | (found.high < 0)
+    np.testing.assert_array_equal(apart, found.p < 0.05)
+
+
+def test_interval_and_test_say_the_same():
+    rng = np.random.default_rng(7)
+    a, b = rng.random((6, 500)) < 0.4, rng.random((6, 500)) < 0.7
+    for found in (paired(1.0 * a, 1.0 * b, share=True), two_samples(1.0 * a, 1.0 * b, share=True)):
+        apart = (found.low > 0) | (found.high < 0)
+        np.testing.assert_array_equal(apart, found.p < 0.05)
+        assert (found.low >= -1).all() and (found.high <= 1).all()
+    # Five prompts that all moved: the bootstrap is sure, the sign flips (2 / 2^5) are not.
+    few = paired(np.zeros((5, 1)), np.ones((5, 1)))
+    assert few.p[0] == pytest.approx(2 / 32) and few.low[0] <= 0
+
+
 def run_of(path, values, prompts="same", left_out=0, second=None):
     """A run of one detector; `values` are `[prompt, layer, head]`."""
 
@@ -110,14 +165,23 @@ def test_runs_are_paired_only_on_the_same_prompts(tmp_path):
     np.testing.assert_allclose(read_samples(a)["sink"].values, values, atol=1e-6)
     found = compare_runs(a, run_of(tmp_path / "b", moved))
     assert set(found["method"]) == {"paired"} and "paired over the prompts" in found.attrs["notes"][-1]
+    # Kind by kind: what other prompts a run has beside those of this detector does not matter.
+    more = run_of(tmp_path / "more", moved)
+    more.manifest["prompts"] = [{"name": "names", "sha256": "2"}]
+    a.manifest["prompts"] = [{"name": "text", "sha256": "1"}]
+    beside = compare_runs(a, more)
+    assert set(beside["method"]) == {"paired"} and "1 in more only (names)" in beside.attrs["notes"][1]
+    assert "measured on the same ones" in beside.attrs["notes"][1]
     told = found[found["q"] < 0.05]
     assert told[["layer", "head"]].to_numpy().tolist() == [[1, 2]]
     assert told["low"].item() < 0.5 < told["high"].item()
     others = compare_runs(a, run_of(tmp_path / "c", moved, prompts="others"))
     assert set(others["method"]) == {"samples"} and not (others["q"] < 0.05).all()
+    assert "The prompts of sink are not the same in both" in others.attrs["notes"][-1]
     # As many rows, but of which prompts nobody knows.
     unknown = compare_runs(a, run_of(tmp_path / "d", moved, left_out=1))
     assert set(unknown["method"]) == {"samples"}
+    assert "some have no score" in unknown.attrs["notes"][-1]
 
 
 def trace_run(path, means, array=None, **settings):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from workbench.errors import RunError
 
@@ -16,6 +18,7 @@ from .samples import Samples, read_samples
 _KEYS = ["detector", "layer", "head"]
 _VALUES = ["value", "low", "high"]
 _BETWEEN = ["low", "high", "p"]
+_Array = NDArray[np.float64]
 
 
 def compare_runs(a: Run, b: Run) -> pd.DataFrame:
@@ -46,18 +49,26 @@ def compare_runs(a: Run, b: Run) -> pd.DataFrame:
     overlap = (bounds["low_a"] <= bounds["high_b"]) & (bounds["low_b"] <= bounds["high_a"])
     joined["overlap"] = overlap.astype("boolean").mask(bounds.isna().any(axis=1))
     order = [*_KEYS, "value_a", "value_b", "difference", *bounds.columns, "overlap"]
-    result = _judged(joined[order], _samples(a), _samples(b))
+    of_a, of_b = _samples(a), _samples(b)
+    counts = joined["n_a"].to_numpy(dtype=float), joined["n_b"].to_numpy(dtype=float)
+    result = _judged(joined[order], of_a, of_b, counts, _shares(a) & _shares(b))
     result.attrs = _attributes(
         a, b, len(left) - len(joined), len(right) - len(joined), bool((result["method"] == "paired").all())
     )  # fmt: skip
-    result.attrs["notes"] += _ways(result)
+    result.attrs["notes"] += [*_ways(result), *_unpaired(result, (a, of_a), (b, of_b))]
     result.attrs["identical"] = left.shape == right.shape and len(joined) == len(left) and _alike(joined)
     if result.attrs["identical"]:
         result.attrs["notes"].append(f"The scores are identical: all {len(joined)}, with their intervals.")
     return result
 
 
-def _judged(joined: pd.DataFrame, of_a: dict[str, Samples], of_b: dict[str, Samples]) -> pd.DataFrame:
+def _judged(
+    joined: pd.DataFrame,
+    of_a: dict[str, Samples],
+    of_b: dict[str, Samples],
+    counts: tuple[_Array, _Array],
+    shares: set[str],
+) -> pd.DataFrame:
     """The rows with interval, p and q of the difference, by the best way that the runs allow."""
     # Reading runs needs no torch, which stands behind the heads' statistics.
     from workbench.heads.inference import q_values
@@ -69,16 +80,23 @@ def _judged(joined: pd.DataFrame, of_a: dict[str, Samples], of_b: dict[str, Samp
         heads = (rows["layer"].to_numpy(dtype=int), rows["head"].to_numpy(dtype=int))
         found = None
         if name in of_a and name in of_b:
-            found = between(of_a[str(name)], of_b[str(name)], heads)
+            found = between(of_a[str(name)], of_b[str(name)], heads, share=name in shares)
         if found is None:
-            sides = [tuple(rows[f"{key}_{side}"].to_numpy(dtype=float) for key in _VALUES) for side in "ab"]
-            found = "intervals", from_intervals(*sides)
+            at = joined.index.get_indexer(rows.index)
+            first, second = (_interval(rows, side) for side in "ab")
+            of_rows = (counts[0][at], counts[1][at])
+            found = "intervals", from_intervals(first, second, of_rows, share=name in shares)
         method, values = found
         for key, value in zip(_BETWEEN, values, strict=True):
             result.loc[rows.index, key] = value
         result.loc[rows.index, "q"] = q_values(values.p)
         result.loc[rows.index[~np.isnan(values.low)], "method"] = method
     return result
+
+
+def _interval(rows: pd.DataFrame, side: str) -> tuple[_Array, _Array, _Array]:
+    value, low, high = (rows[f"{key}_{side}"].to_numpy(dtype=float) for key in _VALUES)
+    return value, low, high
 
 
 def _ways(found: pd.DataFrame) -> list[str]:
@@ -91,6 +109,44 @@ def _ways(found: pd.DataFrame) -> list[str]:
         return ["Differences have no interval: a run has one prompt, or reads weights."]
     told = [f"{counted[name]} {words}" for name, words in METHODS.items() if counted[name]]
     return [f"Differences by {len(best)} detectors: {'; '.join(told)}."]
+
+
+def _unpaired(found: pd.DataFrame, a: tuple[Run, dict[str, Samples]], b: tuple[Run, dict[str, Samples]]) -> list[str]:
+    """Why detectors were not compared prompt by prompt, as sentences."""
+    by_intervals = set(found.loc[found["method"] == "intervals", "detector"])
+    bare = [run.path.name for run, kept in (a, b) if by_intervals - set(kept)]
+    told = []
+    if bare:
+        subject = f"{bare[0]} keeps" if len(set(bare)) == 1 else f"{' and '.join(bare)} keep"
+        told.append(
+            f"{subject} no scores of single prompts{'' if set(a[1]) | set(b[1]) else ', as runs once did not'}; "
+            "run again to pair: on the same prompts, differences are then told far more finely."
+        )
+    both = {name: (a[1][name], b[1][name]) for name in set(found["detector"]) if name in a[1] and name in b[1]}
+    loose = {str(name) for name in found.loc[found["method"].isin(["samples", "intervals"]), "detector"]} & set(both)
+    others = [name for name in loose if both[name][0].prompts != both[name][1].prompts]
+    if others:
+        told.append(f"The prompts of {_some(others)} are not the same in both, so that nothing can be paired there.")
+    if left := loose - set(others):
+        told.append(f"Of {_some(left)} the prompts are the same, but some have no score, so that rows may not match.")
+    return told
+
+
+def _some(names: Iterable[str], most: int = 6) -> str:
+    known = sorted(names)
+    return ", ".join(known[:most]) + (f" and {len(known) - most} more" if len(known) > most else "")
+
+
+def _shares(run: Run) -> set[str]:
+    """Detectors whose scores lie between 0 and 1; a contrast of two samples lies elsewhere."""
+    if not run.has_table("detectors"):
+        return set()
+    table = run.table("detectors")
+    if not {"detector", "unit", "better"} <= set(table.columns):
+        return set()
+    units = table["unit"].astype(str)
+    within = units.str.startswith("share of ") | (units == "attention mass")
+    return set(map(str, table.loc[within & (table["better"] != "either"), "detector"]))
 
 
 def ablated(run: Run) -> str:
@@ -159,14 +215,16 @@ def _scores(run: Run) -> pd.DataFrame:
             f"the run {run.path} has more than one {first['detector']} score for {name}; "
             "only runs of one model each can be compared"
         )
-    scores = table[[*_KEYS, *_VALUES]]
-    return scores.astype(dict.fromkeys(_VALUES, "float64"))
+    counted = table.assign(n=table["n"] if "n" in table.columns else np.nan)
+    scores = counted[[*_KEYS, *_VALUES, "n"]]
+    return scores.astype(dict.fromkeys([*_VALUES, "n"], "float64"))
 
 
 def _means(run: Run) -> pd.DataFrame:
     """The statistics of a trace as scores: means over positions, without an interval."""
     table = run.table("statistic_means").rename(columns={"statistic": "detector", "mean": "value"})
-    return table.assign(low=np.nan, high=np.nan)[[*_KEYS, *_VALUES]].astype(dict.fromkeys(_VALUES, "float64"))
+    numbers = [*_VALUES, "n"]
+    return table.assign(low=np.nan, high=np.nan, n=np.nan)[[*_KEYS, *numbers]].astype(dict.fromkeys(numbers, "float64"))
 
 
 def _describe(scores: pd.DataFrame) -> str:
@@ -186,10 +244,11 @@ def _attributes(a: Run, b: Run, only_a: int, only_b: int, paired: bool) -> dict[
         notes.append(f"The model's weights differ: {_model(a)} against {_model(b)}.")
     same_prompts = _same(_prompts(a), _prompts(b))
     if same_prompts is False:
+        words = _batches(a, b)
         notes.append(
-            "One run has prompts that the other has not; detectors that both have were measured on the same ones."
+            f"{words} Detectors that both have were measured on the same ones."
             if paired
-            else "The prompts differ, so intervals describe different samples."
+            else f"{words} Where a detector's prompts differ, intervals describe different samples."
         )
     if all(not run.has_table("head_scores") for run in (a, b)):
         notes.append(
@@ -203,7 +262,7 @@ def _attributes(a: Run, b: Run, only_a: int, only_b: int, paired: bool) -> dict[
         notes.append(f"{'; '.join(sides)}. What differs in other heads is how they answer to that.")
     for run, number in ((a, only_a), (b, only_b)):
         if number:
-            notes.append(f"{number} scores are in {run.id} only.")
+            notes.append(f"{number} scores are in {run.path.name} only.")
     return {
         "a": a.id,
         "b": b.id,
@@ -227,7 +286,23 @@ def _model(run: Run) -> str:
     return f"{model.get('name', 'a model')} ({str(model['weights_sha256'])[:12]})"
 
 
-def _prompts(run: Run) -> object:
+def _batches(a: Run, b: Run) -> str:
+    """Which batches of prompts two runs share, and which they do not, as sentences."""
+    first, second = (dict(sorted((digest, name) for name, digest in _prompts(run) or [])) for run in (a, b))
+    both = [name for digest, name in first.items() if digest in second]
+    parts = [f"{len(both)} in both ({_tally(both)})"] if both else []
+    for run, own, other in ((a, first, second), (b, second, first)):
+        if only := [name for digest, name in own.items() if digest not in other]:
+            parts.append(f"{len(only)} in {run.path.name} only ({_tally(only)})")
+    return f"The prompts differ, batch by batch: {'; '.join(parts)}."
+
+
+def _tally(names: list[str]) -> str:
+    counted = sorted(Counter(names).items())
+    return ", ".join(name if number == 1 else f"{name} x {number}" for name, number in counted)
+
+
+def _prompts(run: Run) -> list[tuple[str, str]] | None:
     prompts = run.manifest.get("prompts")
     if not isinstance(prompts, list):
         return None
