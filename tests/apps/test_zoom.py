@@ -17,7 +17,7 @@ from workbench.apps.zoom.entries import MOST_LINES, highest_entries, view_table
 from workbench.apps.zoom.tiles import FLOOR, PIXELS, Look, automatic_top, levels, tile
 from workbench.errors import RequestError
 from workbench.runs import RunWriter
-from workbench.runs.patterns import Masking, open_pattern, pattern_tensors, write_pattern
+from workbench.runs.patterns import Masking, StoredPattern, open_pattern, pattern_tensors, write_pattern
 
 TOKENS = 3000
 
@@ -163,7 +163,7 @@ def test_values_under_the_pointer_are_exact(ask, pattern):
     assert ask("value?row=2500&key=1234").json["value"] > 0.9
 
 
-def test_the_next_entry_strips_and_tokens_are_served(ask):
+def test_the_next_entry_strips_and_tokens_are_served(ask, monkeypatch):
     found = ask("next?row=2000&key=0&above=0.9").json["found"]
     assert (found["row"], found["key"]) == (2500, 1234)
     # Behind the last one it goes round to the first; key 0 is left out unless it is asked for.
@@ -174,6 +174,10 @@ def test_the_next_entry_strips_and_tokens_are_served(ask):
     first = ask("next?row=0&key=0&above=0.9&here=1&first=1").json["found"]
     assert (first["row"], first["key"]) == (0, 0) and first["value"] == pytest.approx(1, abs=1e-5)
     assert ask("next?row=0&key=0&above=0.9&here=1").json["found"]["key"] > 0
+    # The only one of its height is found again, and told to be behind a round.
+    alone = ask("next?row=2500&key=1234&above=0.9999").json
+    assert alone["around"] and alone["found"] == found
+    monkeypatch.setattr(StoredPattern, "next_high", lambda *_, **__: None)
     assert ask("next?row=0&key=0&above=1").json == {"found": None}
     about = ask("about").json
     assert about["tokens"] == TOKENS and about["levels"] == 4 and about["strips"] == ["column_mean", "entropy", "sink"]

@@ -59,7 +59,7 @@
     const [path, text] = address.split("?");
     const fields = new URLSearchParams(text), here = new URLSearchParams(location.search);
     if (!fields.has("pattern")) return address;
-    for (const name of ["row", "key", "span", "how", "scale", "top"]) {
+    for (const name of ["row", "key", "span", "how", "scale", "top", "first"]) {
       if (here.has(name)) fields.set(name, here.get(name)); else fields.delete(name);
     }
     return path + "?" + fields;

@@ -41,7 +41,8 @@
         label("Ends at ", make("input", "top-range", { type: "range", min: -4, max: 0, step: 0.02 })),
         label("Row ", number("row", "", 0, "", 1)), label("key ", number("key", "", 0, "", 1)), button("go", "Go"),
         label("Entries above ", number("above", 0.3, 0.0001, 1, 0.05)), button("next", "Next"),
-        button("home", "Whole"), button("save", "PNG")
+        label(make("input", "first", { type: "checkbox" }), " key 0 too (in the search and in the colours' range)"),
+        button("home", "Whole"), button("png", "PNG"), button("svg", "SVG"), button("csv", "CSV")
       );
     }
 
@@ -59,6 +60,7 @@
       const from = new URLSearchParams(location.search);
       this.control("how").value = from.get("how") === "mean" ? "mean" : "max";
       this.control("scale").value = from.get("scale") === "linear" ? "linear" : "log";
+      this.control("first").checked = from.get("first") === "1";
       const top = Number(from.get("top"));
       this.top = top > about.floor && top <= 1 ? top : null;
       this.listen();
@@ -97,6 +99,7 @@
         this.tiles.clear();
         this.draw();
       });
+      this.control("first").addEventListener("change", () => { this.tiles.clear(); this.draw(); });
       this.control("top-range").addEventListener("input", (event) => {
         this.top = Math.max(Math.pow(10, Number(event.target.value)), this.about.floor * 10);
         this.tiles.clear();
@@ -105,7 +108,7 @@
       this.control("go").addEventListener("click", () => this.go());
       this.control("next").addEventListener("click", () => this.next());
       this.control("home").addEventListener("click", () => { this.whole(); this.draw(); });
-      this.control("save").addEventListener("click", () => this.save());
+      for (const kind of ["png", "svg", "csv"]) this.control(kind).addEventListener("click", () => this.save(kind));
     }
 
     resize() {
@@ -147,7 +150,7 @@
       this.draw();
     }
 
-    centre(row, key, size) {
+    centre(row, key, size, before) {
       this.view.size = size;
       this.hold();
       this.view.x = key - (this.width * this.view.size) / 2;
@@ -155,7 +158,7 @@
       this.hold();
       this.place = { row, key };
       this.draw();
-      this.tell(row, key);
+      this.tell(row, key, before);
     }
 
     move(event) {
@@ -197,17 +200,31 @@
       this.centre(row, key, Math.min(this.view.size, 0.25));
     }
 
+    // The rows and keys that are seen, whole or in part.
+    part() {
+      const ends = (from, pixels) => [Math.floor(from), Math.min(this.about.tokens, Math.ceil(from + pixels * this.view.size))];
+      return { rows: ends(this.view.y, this.height), keys: ends(this.view.x, this.width) };
+    }
+
+    // Goes on behind the last place while that is in view, else from the view's upper left.
     async next() {
-      const above = Number(this.control("above").value) || 0.3;
-      const from = this.place || { row: 0, key: 0 };
+      const above = Number(this.control("above").value) || 0.3, first = this.control("first").checked;
+      const { rows, keys } = this.part(), place = this.place;
+      const seen = place && place.row >= rows[0] && place.row < rows[1] && place.key >= keys[0] && place.key < keys[1];
+      const from = seen ? place : { row: rows[0], key: keys[0] };
+      const without = first ? "" : "key 0 left out of the search; ";
       try {
-        const { found } = await this.ask(`next?row=${from.row}&key=${from.key}&above=${above}`);
-        if (!found) return this.say(`No entry of ${above} or more after row ${from.row}, key ${from.key} (position 0 left out).`);
-        this.centre(found.row, found.key, Math.min(this.view.size, 0.25));
+        const { found, around } = await this.ask(
+          `next?row=${from.row}&key=${from.key}&above=${above}&here=${seen ? 0 : 1}&first=${first ? 1 : 0}`
+        );
+        if (!found) return this.say(`No entry of ${above} or more${first ? "" : " (key 0 left out of the search)"}.`);
+        const same = seen && found.row === place.row && found.key === place.key;
+        const round = !around ? "" : same ? "the only one; " : "none below, round again from row 0; ";
+        this.centre(found.row, found.key, Math.min(this.view.size, 0.25), round + without);
       } catch (error) { this.say(error.message); }
     }
 
-    tell(row, key) {
+    tell(row, key, before) {
       clearTimeout(this.later);
       this.later = setTimeout(async () => {
         if (this.ongoing) this.ongoing.abort();
@@ -217,7 +234,8 @@
           const token = (list) => (list.length ? " " + JSON.stringify(list[0]) : "");
           const cell = one.cell > 1 ? `; cell of ${one.cell} x ${one.cell}: mean ${shown(one.mean)}, max ${shown(one.max)}` : "";
           const seen = key <= row ? shown(one.value) : "hidden by the mask";
-          this.say(`row ${row}${token(one.row_token)} to key ${key}${token(one.key_token)}: ${seen}${cell}; entropy of the row ${one.entropy.toFixed(2)} nats`);
+          const after = before ? ` (${before.replace(/; $/, "")})` : "";
+          this.say(`row ${row}${token(one.row_token)} to key ${key}${token(one.key_token)}: ${seen}${cell}; entropy of the row ${one.entropy.toFixed(2)} nats${after}`);
           this.told.dataset.value = one.value;
         } catch (error) { if (error.name !== "AbortError") this.say(error.message); }
       }, WAIT);
@@ -227,7 +245,8 @@
 
     limit() {
       const scale = this.control("scale").value, how = this.control("how").value;
-      return this.top || (scale === "log" ? 1 : this.about.tops[how]);
+      const tops = this.control("first").checked ? this.about.tops_with_first : this.about.tops;
+      return this.top || (scale === "log" ? 1 : tops[how]);
     }
 
     query() {
@@ -260,24 +279,30 @@
       const pen = this.canvas.getContext("2d");
       pen.setTransform(this.ratio, 0, 0, this.ratio, 0, 0);
       pen.clearRect(0, 0, this.width + LEFT, this.height + TOP);
-      pen.save();
-      pen.beginPath();
-      pen.rect(LEFT, TOP, this.width, this.height);
-      pen.clip();
-      pen.fillStyle = css("--sunken");
-      pen.fillRect(LEFT, TOP, this.width, this.height);
-      const waiting = this.paintTiles(pen);
-      this.paintSpans(pen);
-      this.paintCross(pen);
-      pen.restore();
-      this.paintAxes(pen);
-      this.paintStrips(pen);
+      const waiting = this.paintAll(pen, (own) => this.paintTiles(own));
       this.control("low").textContent = this.control("scale").value === "log" ? this.about.floor.toExponential(0) : "0";
       this.control("top").textContent = shown(this.limit());
       this.control("top-range").value = Math.log10(this.limit());
       this.stage.dataset.ready = waiting ? "no" : "yes";
       this.stage.dataset.level = this.level();
       this.remember();
+    }
+
+    // The whole figure with any pen that draws as a canvas does; `map` draws the cells.
+    paintAll(pen, map) {
+      pen.save();
+      pen.beginPath();
+      pen.rect(LEFT, TOP, this.width, this.height);
+      pen.clip();
+      pen.fillStyle = css("--sunken");
+      pen.fillRect(LEFT, TOP, this.width, this.height);
+      const waiting = map(pen);
+      this.paintSpans(pen);
+      this.paintCross(pen);
+      pen.restore();
+      this.paintAxes(pen);
+      this.paintStrips(pen);
+      return waiting;
     }
 
     paintTiles(pen) {
@@ -377,16 +402,14 @@
     }
 
     paintStrips(pen) {
-      const view = this.view, tokens = this.about.tokens;
-      const part = (from, pixels) => [Math.floor(from), Math.min(tokens, Math.ceil(from + pixels * view.size))];
-      const columns = part(view.x, this.width), rows = part(view.y, this.height);
+      const view = this.view, { rows, keys: columns } = this.part();
       const draw = (name, text, range, along) => {
         if (!this.about.strips.includes(name) || range[1] <= range[0]) return;
         const pixels = along === "x" ? this.width : this.height;
         const values = this.stripValues(name, range, Math.ceil(pixels / 2));
         if (!values) return;
-        // Position 0 is left out of the range here as well.
-        const most = Math.max(...values.slice(range[0] === 0 ? 1 : 0), 1e-9);
+        // Position 0 is left out of the range here as well, unless it is asked for.
+        const most = Math.max(...values.slice(range[0] === 0 && !this.control("first").checked ? 1 : 0), 1e-9);
         pen.fillStyle = css("--accent");
         const step = (range[1] - range[0]) / values.length / view.size;
         values.forEach((value, i) => {
@@ -436,12 +459,36 @@
         fields.set("span", (view.size * this.width).toFixed(3));
         fields.set("how", this.control("how").value);
         fields.set("scale", this.control("scale").value);
+        if (this.control("first").checked) fields.set("first", "1"); else fields.delete("first");
         if (this.top) fields.set("top", this.top.toPrecision(4)); else fields.delete("top");
         history.replaceState(history.state, "", location.pathname + "?" + fields);
       }, 150);
     }
 
-    save() {
+    async save(kind) {
+      try {
+        const { rows, keys } = this.part(), name = this.about.head + "-pattern." + kind;
+        if (kind === "png") this.pixels().toBlob((blob) => this.keep(name, blob));
+        else if (kind === "svg") this.keep(name, new Blob([this.vectors()], { type: "image/svg+xml" }));
+        else {
+          const how = this.control("how").value;
+          const where = `rows_from=${rows[0]}&rows_to=${rows[1]}&keys_from=${keys[0]}&keys_to=${keys[1]}`;
+          const answer = await fetch(`${this.base}/view.csv?${where}&how=${how}`);
+          if (!answer.ok) throw new Error((await answer.json()).error || answer.statusText);
+          this.keep(name, await answer.blob());
+        }
+      } catch (error) { this.say(error.message); }
+    }
+
+    keep(name, blob) {
+      const link = document.createElement("a");
+      link.href = URL.createObjectURL(blob);
+      link.download = name;
+      link.click();
+      setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+    }
+
+    pixels() {
       const copy = document.createElement("canvas");
       copy.width = this.canvas.width;
       copy.height = this.canvas.height;
@@ -449,13 +496,22 @@
       pen.fillStyle = css("--surface");
       pen.fillRect(0, 0, copy.width, copy.height);
       pen.drawImage(this.canvas, 0, 0);
-      copy.toBlob((blob) => {
-        const link = document.createElement("a");
-        link.href = URL.createObjectURL(blob);
-        link.download = this.about.head + "-pattern.png";
-        link.click();
-        setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-      });
+      return copy;
+    }
+
+    // The cells as one picture; axes, strips, spans, labels as vectors.
+    vectors() {
+      const copy = document.createElement("canvas");
+      copy.width = Math.round(this.width * this.ratio);
+      copy.height = Math.round(this.height * this.ratio);
+      const own = copy.getContext("2d");
+      own.setTransform(this.ratio, 0, 0, this.ratio, -LEFT * this.ratio, -TOP * this.ratio);
+      this.paintTiles(own);
+      const pen = new window.workbenchSvgPen(this.width + LEFT, this.height + TOP, css("--surface"));
+      this.paintAll(pen, () => pen.drawPicture(copy.toDataURL("image/png"), LEFT, TOP, this.width, this.height));
+      const { rows, keys } = this.part();
+      const text = (value) => value.toLocaleString("en");
+      return pen.text(`Attention of ${this.about.head}, rows ${text(rows[0])} to ${text(rows[1] - 1)} (queries) to keys ${text(keys[0])} to ${text(keys[1] - 1)}`);
     }
 
     end() {
