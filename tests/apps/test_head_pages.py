@@ -148,6 +148,15 @@ def test_a_patch_is_told_pair_by_pair_and_edges_are_thinned(visit):
     click_cell(page.locator("main .nsewdrag").first, 0.12, 0.1)
     page.wait_for_selector("#circuits-prompts .ag-row")
     assert query(page)["cell"].startswith("L") and "Patch of L" in page.text_content("#circuits-cell")
+    assert page.input_value("#circuits-choose") == query(page)["cell"]
+    # Without a mouse: a part of the name, arrow, Enter.
+    page.focus("#circuits-choose")
+    page.keyboard.press("ControlOrMeta+a")
+    page.keyboard.type("L3H2")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    page.until("document.querySelector('#circuits-cell').textContent.includes('Patch of L3H2')")
+    assert query(page)["cell"] == "L3H2"
     page = visit("/circuits?run=patches&edges=1&cell=L0H1")
     page.wait_for_selector("#circuits-prompts .ag-row")
     assert "1 of 3 edges" in page.text_content("#circuits-shown")

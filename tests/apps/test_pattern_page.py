@@ -153,3 +153,16 @@ def test_runs_without_patterns_and_unknown_ones_say_what_to_do(visit):
     assert page.locator("main li").count() == 4
     page = visit("/nowhere")
     assert "no page /nowhere" in page.text_content("main")
+
+
+def test_a_head_that_is_not_stored_is_refused_with_those_that_are(visit):
+    for wrong in ("head=L5H5", "head=x", "head=L5H5&pattern=l4h2"):
+        page = visit(f"/pattern?run=needle&{wrong}")
+        page.wait_for_selector(".refusal")
+        assert wrong[5:].partition("&")[0] in page.text_content("main") and page.locator(".zoom").count() == 0
+        assert page.is_disabled("#export-page") or "l4h2" not in page.get_attribute("#export-about", "title")
+    page.click("main .chips a")
+    page.until(READY)
+    page = visit("/pattern?run=needle&head=L4H2")
+    page.until(READY)
+    assert "Pattern of L4H2" in page.text_content("main")

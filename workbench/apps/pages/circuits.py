@@ -10,7 +10,7 @@ import dash_mantine_components as dmc
 import pandas as pd
 from dash import ALL, Dash, Input, Output, State, ctx, dcc, html, no_update
 
-from workbench.apps.address import Query, link, read_number, to_query
+from workbench.apps.address import Query, link, read_number, read_query, to_query
 from workbench.apps.context import Context, Page
 from workbench.apps.parts import data_grid, facts, figure_panel
 from workbench.apps.shell import refusal
@@ -63,9 +63,12 @@ def _layout(context: Context, query: Query) -> Any:
         if key != "circuit-graph"
     ]
     graph = _graph(context, name, query)
+    chosen = _chooser(context, name, query.get("cell", ""))
     clicked = html.Div(id="circuits-cell", className="block", children=_cell(context, name, query.get("cell", "")))
     notes = [html.P(note, className="caption") for note in view.notes]
-    return html.Div([bar, html.P(view.intro), _facts(run.manifest["circuits"]), *graph, *figures, clicked, *notes])
+    return html.Div(
+        [bar, html.P(view.intro), _facts(run.manifest["circuits"]), *graph, *figures, chosen, clicked, *notes]
+    )
 
 
 def _facts(about: dict[str, Any]) -> Any:
@@ -81,12 +84,38 @@ def _facts(about: dict[str, Any]) -> Any:
     return html.Div(facts(shown), className="panel block")
 
 
+def _cells(context: Context, name: str) -> list[str]:
+    """Every patch of a run as cells of maps are called: `L5H1`, `L5.resid_pre at END`."""
+    if not context.library.run(name).has_table("prompt_effects"):
+        return []
+    table = context.library.frame(name, "prompt_effects")[["node", "position"]].drop_duplicates()
+    return [
+        str(node) if pd.isna(position) or str(position) in ("nan", "None", "") else f"{node} at {position}"
+        for node, position in zip(table["node"], table["position"], strict=True)
+    ]
+
+
+def _chooser(context: Context, name: str, cell: str) -> Any:
+    """The cells of the maps by name, for those who do not point."""
+    cells = _cells(context, name)
+    choice = dmc.Select(
+        id="circuits-choose", data=cells, value=cell if cell in cells else None, searchable=True, clearable=False,
+        size="xs", w=280, limit=200, label="Cell of a map (type a part of its name, arrows and Enter)",
+        placeholder="such as " + cells[0] if cells else "",
+    )  # fmt: skip
+    # Where there is nothing to choose it stays, unseen: callbacks name it.
+    return html.Div(choice, className="block", hidden=not cells)
+
+
 def _cell(context: Context, name: str, cell: str) -> Any:
     """What was patched in one cell of a map, pair by pair."""
     if not context.library.run(name).has_table("prompt_effects"):
         return None
     if not cell:
-        return html.P("Click a cell of a map to see what was patched there, pair by pair.", className="caption")
+        return html.P(
+            "Click a cell of a map, or choose one by its name, to see what was patched there, pair by pair.",
+            className="caption",
+        )
     node, _, position = cell.partition(" at ")
     table = context.library.frame(name, "prompt_effects")
     rows = table[table["node"] == node]
@@ -234,6 +263,7 @@ def _register(app: Dash, context: Context) -> None:
         Output("url", "search", allow_duplicate=True),
         Output("shown-query", "data", allow_duplicate=True),
         Output("circuits-cell", "children"),
+        Output("circuits-choose", "value"),
         Input({"circuit": ALL}, "clickData"),
         State({"circuit": ALL}, "figure"),
         State("circuits-run", "value"),
@@ -246,9 +276,26 @@ def _register(app: Dash, context: Context) -> None:
             if click and ctx.triggered_id == one["id"]
         ]
         if not run or not any(cells):
+            return (no_update,) * 4
+        cell = next(one for one in cells if one)
+        query = to_query({"run": run, "cell": cell})
+        return query, "/circuits" + query, _cell(context, run, cell), cell
+
+    @app.callback(
+        Output("url", "search", allow_duplicate=True),
+        Output("shown-query", "data", allow_duplicate=True),
+        Output("circuits-cell", "children", allow_duplicate=True),
+        Input("circuits-choose", "value"),
+        State("circuits-run", "value"),
+        State("url", "search"),
+        prevent_initial_call=True,
+    )
+    def choose(cell: str | None, run: str | None, now: str | None) -> Any:
+        # A click on a map writes its cell here as well, and has done the rest.
+        if not run or not cell or cell == read_query(now).get("cell"):
             return (no_update,) * 3
-        query = to_query({"run": run, "cell": cells[0]})
-        return query, "/circuits" + query, _cell(context, run, str(cells[0]))
+        query = to_query({"run": run, "cell": cell})
+        return query, "/circuits" + query, _cell(context, run, cell)
 
     @app.callback(
         Output("circuits-node", "children"), Input("circuits-graph", "tapNodeData"), prevent_initial_call=True

@@ -43,14 +43,17 @@ def _layout(context: Context, query: Query) -> Any:
     if examples and (query.get("example") or not known):
         return _example(context, name, query.get("example", ""))
     if known:
-        return _stored(context, name, query.get("pattern", next(iter(known))), known, query.get("view", ""))
+        return _stored(context, name, _asked(query, known), known, query.get("view", "")) or _lacking(query, known)
     return refusal(
         f"The run {name} stores no pattern.", "workbench trace MODEL --file TEXT --patterns L18H6  # stores one"
     )
 
 
 def _stored(context: Context, run: str, pattern: str, known: Mapping[str, Mapping[str, Any]], view: str) -> Any:
-    """A stored pattern: token by token where it can be read so, unless its address asks for the map."""
+    """A stored pattern: token by token where it can be read so, unless its address asks for the map; none where the
+    address asks for a head that is not stored."""
+    if not pattern:
+        return None
     # Refuses names that the run does not have.
     tokens = context.library.pattern(run, pattern).tokens
     about, both = known[pattern], tokens <= short.MOST_TOKENS
@@ -68,6 +71,31 @@ def _stored(context: Context, run: str, pattern: str, known: Mapping[str, Mappin
         links.append(dcc.Link("Token by token", href=link("/pattern", run=run, pattern=pattern), className="chip"))
     heading = _heading(f"Pattern of L{about['layer']}H{about['head']}", ", ".join([*of, f"run {run}"]), *links)
     return html.Div([heading, _map(run, pattern)])
+
+
+def _asked(query: Query, known: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which of a run's patterns an address asks for, by its name or its head; empty for a head that is not stored."""
+    head, pattern = query.get("head", ""), query.get("pattern", "")
+    if not head:
+        return pattern or next(iter(known), "")
+    stored = next((key for key, one in known.items() if f"L{one['layer']}H{one['head']}" == head), "")
+    return stored if pattern in ("", stored) else ""
+
+
+def _lacking(query: Query, known: Mapping[str, Mapping[str, Any]]) -> Any:
+    """What stands in the place of a head that is not stored: links to those that are."""
+    run, head = query["run"], shortened(query["head"])
+    if query.get("pattern") in known:
+        words = f"The address asks for the head {head} and for another one's pattern ({query['pattern']})."
+    else:
+        words = f"The run {run} stores no pattern of the head {head}."
+    links = [
+        dcc.Link(f"L{one['layer']}H{one['head']}", href=link("/pattern", run=run, pattern=key), className="chip")
+        for key, one in known.items()
+    ]
+    advice = f"workbench trace MODEL --file TEXT --patterns {head}" if read_heads(query, "head") else ""
+    stored = html.Div([html.Span("Stored with it: "), *links], className="chips")
+    return html.Div([_heading("Patterns"), refusal(words, advice), stored])
 
 
 def _example(context: Context, run: str, name: str) -> Any:
@@ -249,7 +277,7 @@ def _register(app: Dash, context: Context) -> None:
 def _shown(context: Context, query: Query) -> dict[str, str]:
     """The view of a stored pattern that the address names."""
     known = stored_patterns(context.library.run(query["run"])) if query.get("run") else {}
-    pattern = query.get("pattern") or next(iter(known), "")
+    pattern = _asked(query, known)
     if pattern not in known:
         return {}
     return {"pattern": pattern, **{name: query[name] for name in VIEW if name in query}}
