@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from urllib.parse import parse_qs, urlparse
 
 import pytest
 
 import workbench
+from workbench.apps.address import Query
+from workbench.apps.context import Context
+from workbench.apps.library import RunLibrary
+from workbench.apps.live import Live
+from workbench.apps.pages import compare
 from workbench.apps.settings import AppSettings
 from workbench.heads import Settings
 from workbench.heads.weights import read_weights
 from workbench.models.testing import build
-from workbench.runs import RunWriter
+from workbench.runs import RunWriter, compare_runs
 from workbench.runs.readings import TABLE, stored_directions
 from workbench.studies import SurveySettings, survey
 from workbench.studies.readings import readings_table
@@ -87,6 +93,45 @@ def test_a_run_without_a_head_beside_the_intact_one(visit):
     assert told < every
     again = visit("/compare?" + urlparse(page.url).query)
     again.until("document.querySelector('#compare-told')?.checked === true")
+
+
+def test_two_runs_that_fit_each_other_come_first(tmp_path, folder):
+    for name in ("intact", "without", "one"):
+        shutil.copytree(folder / name, tmp_path / name)
+    settings = AppSettings(tmp_path)
+    context = Context(settings, RunLibrary(tmp_path), Live(settings))
+    # The newest is a trace, with which neither of the others can be compared.
+    assert compare.PAGE.subject(context, Query({})) == ["intact", "without"]
+    assert compare.PAGE.subject(context, Query({"a": "without"})) == ["without", "intact"]
+    assert compare.PAGE.subject(context, Query({"b": "without"})) == ["intact", "without"]
+    shutil.copytree(folder / "two", tmp_path / "two")
+    assert compare.PAGE.subject(context, Query({})) == ["one", "two"]
+    assert compare.PAGE.subject(context, Query({"b": "one"})) == ["two", "one"]
+    assert compare.PAGE.subject(context, Query({"a": "one", "b": "intact"})) == ["one", "intact"]
+
+
+def test_other_prompts_are_said_to_make_differences_before_a_removed_head(folder):
+    runs = [workbench.Run.open(folder / name) for name in ("intact", "without")]
+    asked = compare._Asked("intact", "without", *runs, "index", 0.2, False)
+    rows = compare_runs(*runs)
+    rows = rows[rows["detector"] == "entropy"].copy()
+    rows.loc[(rows["layer"] == 0) & (rows["head"] == 2), ["difference", "q"]] = [0.25, 0.01]
+    (text,) = compare._repair(asked, rows, same_prompts=False)
+    assert "comes from other prompts (1 of 4 heads are told from zero; the largest difference is 0.250)" in text
+    assert "other prompts" not in compare._repair(asked, rows, same_prompts=True)[0]
+
+
+def test_what_the_address_asks_in_vain_is_told(visit):
+    page = visit("/compare?a=intact&b=without&detector=nonsense&by=magic&window=9&told=perhaps")
+    page.until(DRAWN)
+    text = page.text_content("main")
+    for given in ("detector=nonsense", "by=magic", "window=9", "told=perhaps"):
+        assert given in text
+    # By the folder's name; the identifier is at hand.
+    run_id = page.evaluate("document.querySelector('#compare-a').closest('span[title]').title")
+    assert run_id.startswith("Identifier: ") and page.input_value("#compare-a") == "intact"
+    page = visit("/compare?a=intact&b=nowhere")
+    page.until("document.body.textContent.includes(\"no run 'nowhere'\")")
 
 
 def test_models_of_two_shapes_are_aligned(visit):

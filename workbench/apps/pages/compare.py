@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import dash_mantine_components as dmc
@@ -59,13 +60,38 @@ def _comparable(context: Context) -> list[str]:
     return [name for name, run in runs if run.has_table("head_scores") or run.has_table("statistic_means")]
 
 
-def _sides(runs: list[str], query: Query) -> list[str]:
-    return [query.get("a", "") or runs[1], query.get("b", "") or runs[0]]
+def _sides(context: Context, runs: list[str], query: Query) -> list[str]:
+    """The runs that the address names; else the two newest that fit each other, the older one first."""
+    a, b = query.get("a", ""), query.get("b", "")
+    if a and b:
+        return [a, b]
+    given = a or b
+    pairs = ((given, other) for other in runs if other != given) if given else combinations(runs, 2)
+    for newer, older in pairs:
+        if _fit(context, newer, older):
+            break
+    else:
+        # The page then says why these two cannot be compared, and offers the others.
+        newer, older = (given, next(name for name in runs if name != given)) if given else runs[:2]
+    return [newer, older] if a else [older, newer]
+
+
+def _fit(context: Context, a: str, b: str) -> bool:
+    """Whether two runs are of a kind and have a score in common, or heads that can be aligned."""
+    runs = [context.library.run(name) for name in (a, b)]
+    scored = [run.has_table("head_scores") for run in runs]
+    if scored[0] != scored[1]:
+        return False
+    if not same_shape(*runs):
+        return scored[0]
+    table, column = ("head_scores", "detector") if scored[0] else ("statistic_means", "statistic")
+    first, second = (set(context.library.frame(name, table)[column]) for name in (a, b))
+    return bool(first & second)
 
 
 def _subject(context: Context, query: Query) -> list[str]:
     runs = _comparable(context)
-    return _sides(runs, query) if len(runs) > 1 else []
+    return _sides(context, runs, query) if len(runs) > 1 else []
 
 
 def _layout(context: Context, query: Query) -> Any:
@@ -73,10 +99,12 @@ def _layout(context: Context, query: Query) -> Any:
     if len(runs) < 2:
         advice = "workbench heads MODEL --out runs/another"
         return refusal("Two runs with head scores, or two traces, are needed to compare.", advice)
-    a, b = _sides(runs, query)
+    a, b = _sides(context, runs, query)
     first, second = context.library.run(a), context.library.run(b)
-    by = read_choice(query, "by", _WAYS, "index") if same_shape(first, second) else "profile"
-    asked = _Asked(a, b, first, second, by, read_number(query, "window", 0.01, 1, 0.2), query.get("told") == "1")
+    # Heads of two shapes can only be aligned.
+    by = read_choice(query, "by", *((_WAYS, "index") if same_shape(first, second) else (("profile",), "profile")))
+    told = read_choice(query, "told", ("0", "1"), "0") == "1"
+    asked = _Asked(a, b, first, second, by, read_number(query, "window", 0.01, 1, 0.2), told)
     try:
         found, names = _found(context, asked)
     except WorkbenchError as error:
@@ -90,7 +118,8 @@ def _layout(context: Context, query: Query) -> Any:
     if by == "profile":
         return html.Div([head, *aligned(context, a, b, found, detector, query.dark)])
     rows = found[found["detector"] == detector]
-    notes = [html.Li(note) for note in [*found.attrs.get("notes", []), *_repair(asked, rows)]]
+    same = found.attrs.get("same_prompts") is True or set(rows["method"]) == {"paired"}
+    notes = [html.Li(note) for note in [*found.attrs.get("notes", []), *_repair(asked, rows, same)]]
     return html.Div(
         [
             head,
@@ -123,19 +152,24 @@ def _found(context: Context, asked: _Asked) -> tuple[Any, list[str]]:
 def _controls(runs: list[str], asked: _Asked, names: Sequence[str], detector: str, titles: dict[str, str]) -> Any:
     """Which runs, by what, and how; all of them always there, as a change of one is read with the others."""
     selects = [
-        dmc.Select(id=f"compare-{key}", data=runs, value=value, label=text, size="xs", w=220, searchable=True,
-                   allowDeselect=False)
-        for key, value, text in (("a", asked.a, "A"), ("b", asked.b, "B"))
+        html.Span(
+            dmc.Select(id=f"compare-{key}", data=runs, value=value, label=text, size="xs", w=220, searchable=True,
+                       allowDeselect=False),
+            title=f"Identifier: {run.id}",
+        )
+        for key, value, text, run in (("a", asked.a, "A", asked.first), ("b", asked.b, "B", asked.second))
     ]  # fmt: skip
     shape = same_shape(asked.first, asked.second)
     aligning = asked.by == "profile"
+    window = f"{asked.window:g}"
+    windows = _WINDOWS if window in _WINDOWS else {**_WINDOWS, window: f"{window} of the depth"}
     selects += [
         dmc.Select(id="compare-detector", data=[{"value": one, "label": titles[one]} for one in names],
                    value=detector or None, label="Detector", size="xs", w=240, searchable=True, allowDeselect=False),
         dmc.Select(id="compare-by", data=[{"value": one, "label": text} for one, text in _WAYS.items()],
                    value=asked.by, label="Heads matched", size="xs", w=140, allowDeselect=False, disabled=not shape),
-        dmc.Select(id="compare-window", data=[{"value": one, "label": text} for one, text in _WINDOWS.items()],
-                   value=f"{asked.window:g}", label="Pairs within", size="xs", w=160, allowDeselect=False,
+        dmc.Select(id="compare-window", data=[{"value": one, "label": text} for one, text in windows.items()],
+                   value=window, label="Pairs within", size="xs", w=160, allowDeselect=False,
                    style={} if aligning else {"display": "none"}),
         dmc.Switch(id="compare-told", label="Only told from zero", checked=asked.only_told, size="sm", mt=26,
                    style={"display": "none"} if aligning else {}),
@@ -143,8 +177,11 @@ def _controls(runs: list[str], asked: _Asked, names: Sequence[str], detector: st
     return html.Div([dmc.Title("Compare", order=2), dmc.Group(selects, my="sm", align="flex-start")])
 
 
-def _repair(asked: _Asked, rows: pd.DataFrame) -> list[str]:
-    """Where one run does without heads: what the layers before and behind them show."""
+def _repair(asked: _Asked, rows: pd.DataFrame, same_prompts: bool) -> list[str]:
+    """Where one run does without heads: what the layers before and behind them show.
+
+    On other prompts heads differ for that alone, those that nothing removed can change as well.
+    """
     removed = [Head.parse(name) for name in removed_heads(asked.first, asked.second)]
     if not removed or ablated(asked.first) == ablated(asked.second):
         return []
@@ -153,6 +190,10 @@ def _repair(asked: _Asked, rows: pd.DataFrame) -> list[str]:
     before, behind = rows[rows["layer"] <= first], rows[(rows["layer"] > first) & stays]
     largest = before["difference"].abs().max()
     told = [f"Up to layer {first} nothing can answer: the largest difference there is {number(largest, 3)}."]
+    if not same_prompts:
+        judged = f"{int(told_apart(before).sum())} of {len(before)} heads are told from zero"
+        source = f"what differs there comes from other prompts ({judged}; the largest difference is "
+        told = [f"Up to layer {first} nothing can answer: {source}{number(largest, 3)}), and may so behind it."]
     if len(behind):
         judged = f"{int(told_apart(behind).sum())} of {len(behind)} heads are told from zero"
         judged = "the largest difference" if behind["q"].isna().all() else f"{judged}; the largest difference"
@@ -201,7 +242,9 @@ def _table(rows: pd.DataFrame, only_told: bool) -> Any:
     ]
     words = (
         "Largest differences first. q is the false-discovery rate over this detector's heads: below 0.05, a difference "
-        "is told from zero. How differences were judged is said at the top."
+        "is told from zero. "
+        "Intervals are each head's own, so that one may leave out zero where q does not tell. "
+        "How differences were judged is said at the top."
     )
     return html.Section([data_grid("compare-table", records, _COLUMNS, height=420), html.P(words, className="caption")])
 
