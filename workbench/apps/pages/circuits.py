@@ -259,6 +259,19 @@ def _register(app: Dash, context: Context) -> None:
         query = to_query({"run": run, "edges": count})
         return query, "/circuits" + query, _elements(edges.head(count)), _shown(edges, count)
 
+    _register_cells(app, context)
+
+    @app.callback(
+        Output("circuits-node", "children"), Input("circuits-graph", "tapNodeData"), prevent_initial_call=True
+    )
+    def node(data: dict[str, Any] | None) -> Any:
+        name = str((data or {}).get("id", ""))
+        return [dcc.Link(f"Head card of {name}", href=link("/head", head=name))] if "H" in name else name
+
+
+def _register_cells(app: Dash, context: Context) -> None:
+    """A cell of a map is chosen by a click or by its name."""
+
     @app.callback(
         Output("url", "search", allow_duplicate=True),
         Output("shown-query", "data", allow_duplicate=True),
@@ -296,13 +309,6 @@ def _register(app: Dash, context: Context) -> None:
             return (no_update,) * 3
         query = to_query({"run": run, "cell": cell})
         return query, "/circuits" + query, _cell(context, run, cell)
-
-    @app.callback(
-        Output("circuits-node", "children"), Input("circuits-graph", "tapNodeData"), prevent_initial_call=True
-    )
-    def node(data: dict[str, Any] | None) -> Any:
-        name = str((data or {}).get("id", ""))
-        return [dcc.Link(f"Head card of {name}", href=link("/head", head=name))] if "H" in name else name
 
 
 def _clicked(figure: dict[str, Any], point: dict[str, Any]) -> str | None:
