@@ -16,9 +16,11 @@ from workbench.apps.context import Context
 from workbench.apps.library import RunLibrary
 from workbench.apps.live import Live
 from workbench.apps.pages import PAGES
+from workbench.apps.readings import _file, asked_of
 from workbench.apps.server import create_app
 from workbench.apps.settings import AppSettings
 from workbench.errors import RequestError
+from workbench.models import Head
 from workbench.reports import BUDGET_BYTES, render, write_report
 from workbench.runs import Run
 
@@ -97,6 +99,29 @@ def test_runs_of_every_kind_are_exported_within_the_budget(client, run):
     answer = get(client, export.address_of(run))
     assert answer.status_code == 200 and len(answer.data) <= BUDGET_BYTES
     assert "img" not in Read(answer.text).tags
+
+
+def test_a_head_is_exported_with_its_readings_and_opens_there(runs_folder, context, browser, tmp_path):
+    client = create_app(AppSettings(runs_folder)).server.test_client()
+    run = context.library.run("scores")
+    side = {"circuit": "ov", "direction": 0, "sign": 1, "share": 0.5, "reads": ["</script><img>"], "writes": [" sea"]}
+    kept = _file(context.live.folder, asked_of(run, Head(1, 2), ""))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps({"directions": [side]}))
+    _, _, path = export.offered(context, BY_NAME["Head"], Query({"run": "scores", "head": "L1H2"}))
+    answer = get(client, path)
+    assert answer.headers["Content-Disposition"] == "attachment; filename=scores-L1H2.html"
+    part = answer.text.split('<section id="readings">')[1].split("</section>")[0]
+    assert "&lt;/script&gt;&lt;img&gt;" in part and "50.0 %" in part and "<img>" not in part
+    (tmp_path / "head.html").write_bytes(answer.data)
+    page = browser.new_page()
+    page.goto((tmp_path / "head.html").as_uri())
+    page.wait_for_selector("#L1H2.target")
+    assert page.evaluate("location.hash") == "#L1H2"
+    page.close()
+    kept.unlink()
+    assert 'id="readings"' not in get(client, export.address_of("scores", head="L0H0")).text
+    assert get(client, export.address_of("scores", head="magic")).status_code == 400
 
 
 def test_two_runs_are_exported_side_by_side(client, runs_folder):
@@ -252,7 +277,8 @@ def test_the_button_saves_the_report_or_tells_why_not(visit, runs_folder):
     page.wait_for_selector("text=opens offline")
     page.click("a.nav:has-text('Lab')")
     page.wait_for_selector("#export-page[disabled]")
-    assert "shows no run" in page.get_attribute("#export-about", "title")
+    assert "no trial is shown" in page.get_attribute("#export-about", "title")
+    assert "no trial is shown" in page.text_content("#export-why")
     assert json.dumps(page.url).count("run=") == 0
 
 

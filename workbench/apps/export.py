@@ -15,12 +15,13 @@ from werkzeug.exceptions import HTTPException
 
 from workbench.apps.address import Query, link, read_query
 from workbench.apps.context import Context, Page
+from workbench.apps.head_export import at_head
 from workbench.apps.library import RunLibrary, shortened
 from workbench.apps.live import Live
 from workbench.apps.trial_run import TrialRun
 from workbench.apps.trials import read_trial
 from workbench.apps.zoom.picture import pattern_view
-from workbench.errors import RunNotFound, WorkbenchError
+from workbench.errors import RequestError, RunNotFound, WorkbenchError
 from workbench.reports import BUDGET_BYTES, RunLike, render
 from workbench.reports.view import PatternView
 from workbench.runs import Run
@@ -32,6 +33,13 @@ _Render = Callable[[RunLike, Run | None, PatternView | None], str]
 
 
 _AS = f"as one offline HTML file of at most {BUDGET_BYTES / 1e6:.0f} MB, as `workbench report` does."
+
+
+_WHY = {
+    "/": "choose a run in the table to save its report. The list of runs shows no run by itself.",
+    "/lab": "no trial is shown. Run one, or take one from the history, to save it.",
+    "/pattern": "this page shows no run. A prompt typed here belongs to none; its figures are saved beside them.",
+}
 
 
 class Busy(WorkbenchError):
@@ -96,7 +104,15 @@ def _report(library: RunLibrary, live: Live, made: _Render) -> Response:
     first = Run.open(library.path(run))
     second = Run.open(library.path(against)) if against else None
     view = pattern_view(library, run, pattern, request.args) if pattern else None
-    return _saved(made(first, second, view), f"{run}-against-{against}" if against else run)
+    page = made(first, second, view)
+    head = request.args.get("head", "")
+    if head:
+        try:
+            page = at_head(page, library, live, run, head, request.args.get("tokens", ""), BUDGET_BYTES)
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+        return _saved(page, f"{run}-{head}")
+    return _saved(page, f"{run}-against-{against}" if against else run)
 
 
 def _study(live: Live) -> Response:
@@ -127,13 +143,16 @@ def register(app: Dash, context: Context, pages: Sequence[Page]) -> None:
     @app.callback(
         Output("export-page", "disabled"),
         Output("export-about", "title"),
+        Output("export-why", "children"),
         Output("export-address", "data"),
         Input("url", "pathname"),
         Input("url", "search"),
     )
-    def offer(path: str | None, search: str | None) -> tuple[bool, str, str]:
+    def offer(path: str | None, search: str | None) -> tuple[bool, str, str, str]:
         page = by_path.get((path or "/").rstrip("/") or "/")
-        return offered(context, page, Query(read_query(search)))
+        disabled, told, address = offered(context, page, Query(read_query(search)))
+        # A disabled button's title is read by few: the reason stands there as text for those who listen.
+        return disabled, told, told if disabled else "", address
 
     app.clientside_callback(
         ClientsideFunction("workbench", "exportPage"),
@@ -157,6 +176,7 @@ def offered(context: Context, page: Page | None, query: Query) -> tuple[bool, st
     if trial:
         return False, f"Save this trial {_AS}", address_of(trial=trial)
     if not runs:
-        return True, "Nothing to export: this page shows no run. Choose one first.", ""
+        why = _WHY.get(page.path if page else "", "this page shows no run. Choose one first.")
+        return True, f"Nothing to export: {why}", ""
     what = " beside ".join(shortened(run) for run in runs)
     return False, f"Save {what} {_AS}", address_of(*runs, **shown)

@@ -70,6 +70,7 @@ def _header() -> Any:
                         ),
                         id="export-about",
                     ),
+                    html.Span(id="export-why", className="heard", role="status"),
                     dmc.Button(
                         "Dark", id="toggle-scheme", size="compact-sm", variant="default",
                         **{"aria-label": "Switch between light and dark"},

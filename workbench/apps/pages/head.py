@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import dash_mantine_components as dmc
@@ -272,4 +273,11 @@ def _register(app: Dash, context: Context) -> None:
     head_note.register(app, context)
 
 
-PAGE = Page("/head", "Head", "One head and all its evidence", _layout, _register, scored_run)
+def _shown(context: Context, query: Query) -> Mapping[str, str]:
+    """The head that an export opens at, and the tokens of its reading."""
+    del context
+    asked = read_heads(query, "head")[:1]
+    return {"head": asked[0], "tokens": query.get("tokens", "")} if asked else {}
+
+
+PAGE = Page("/head", "Head", "One head and all its evidence", _layout, _register, scored_run, _shown)

@@ -25,6 +25,10 @@
     notice.hidden = false;
   }
 
+  // a report that was saved from a head's card opens there
+  const first = document.documentElement.dataset.open;
+  if (first && !location.hash) history.replaceState(null, "", `#${first}`);
+
   function go() {
     const name = report.parseHead(location.hash);
     dismiss();
