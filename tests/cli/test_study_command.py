@@ -104,7 +104,7 @@ def test_a_failed_cell_makes_the_exit_code_three(call, model_folder, folder):
     [
         (["run", "nowhere"], "There is no study at"),
         (["run", "tiny", "--only", "nothing"], "No cell 'nothing'"),
-        (["run", "tiny", "--workers", "2"], "workers=2"),
+        (["run", "tiny", "--address", "ray://a:1"], "engine 'ray'"),
         (["figure", "tiny", "--to", "x.html"], "there is no run at"),
     ],
 )
