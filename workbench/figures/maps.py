@@ -102,7 +102,8 @@ def head_maps(
         scale = _add_map(figure, rows, row, palette(dark), axis, cell)
         axes = _axes(rows)
         figure.update_xaxes(axes["x"], row=cell[0], col=cell[1])
-        figure.update_yaxes(axes["y"], row=cell[0], col=cell[1])
+        # The first of a line names the axis of all; between maps there is the colour bar.
+        figure.update_yaxes(axes["y"] | ({"title": None} if cell[1] > 1 else {}), row=cell[0], col=cell[1])
         figure.update_layout({axis: scale.axis(colour_bar(**_bar_place(figure, index)))})
     figure.update_annotations(font={"size": 13}, yshift=4)
     figure.update_layout(
