@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from urllib.parse import parse_qs, urlparse
 
 import pytest
@@ -35,8 +36,11 @@ def folder(tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp("compare") / "runs"
     model = workbench.load(model_folder)
     survey(model, folder / "intact", settings=ASKED)
+    # Which runs are the newest is told by the second.
+    time.sleep(1.1)
     survey(without(model, ["L0H1"], "zero", SMALL), folder / "without", settings=ASKED)
     for name, text in (("one", "The class statement defines a class."), ("two", "x = [1, 2, 3]\nprint(x)")):
+        time.sleep(1.1)
         trace = model.trace(text, statistics=[workbench.statistics.entropy()])
         with RunWriter.open(folder / name, kind="trace", title=name, fingerprint={}) as writer:
             table = trace.means()["entropy"].rename(columns={"value": "mean"}).assign(statistic="entropy")
